@@ -1,21 +1,13 @@
 """Every setting of a run, typed, with its unit and default.
 
-One dataclass per component: a function receives the section it needs, never the whole config. `load_config` reads YAML files
-and command-line overrides with jsonargparse, rejects what it does not know, and names the nearest word it does know.
+One dataclass per component: a function receives the section it needs, never the whole config. `config_loading` fills them from
+YAML files and the command line.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
-
-import jsonargparse
-import yaml
 
 
 @dataclass
@@ -151,7 +143,7 @@ class OptimConfig:
     lr_base_batch_size: int = 2048
     weight_decay: float = 0.02
     decay_temperature: bool = False
-    eps: float | None = 1e-7
+    eps: float | None = None
     betas: tuple[float, float] | None = None
     momentum: float = 0.9
     layer_decay: float | None = None

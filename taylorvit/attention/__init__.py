@@ -1,0 +1,67 @@
+"""The attention modules by name, all with the constructor and forward signature of timm's `Attention`; each may have options."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from taylorvit.attention import softmax, taylorshift
+from taylorvit.attention.softmax import Softmax
+from taylorvit.attention.taylorshift import TaylorShift
+
+__all__ = ["ATTENTIONS", "Softmax", "TaylorShift", "bind_options", "check_attention_options", "get_attention"]
+
+ATTENTIONS: dict[str, type[nn.Module]] = {"taylorshift": TaylorShift, "softmax": Softmax}
+# One checker per attention: its keyword arguments are the options, and it raises ValueError on a value that is not valid.
+OPTION_CHECKS: dict[str, Callable[..., None]] = {"taylorshift": taylorshift.check_options, "softmax": softmax.check_options}
+
+
+def get_attention(name: str) -> type[nn.Module]:
+    """Return the attention class of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {name!r}{_nearest(name, ATTENTIONS)}")
+    return ATTENTIONS[name]
+
+
+def check_attention_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `options` are valid for the attention of that name."""
+    get_attention(name)
+    known = inspect.signature(OPTION_CHECKS[name]).parameters
+    for key in options:
+        if key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ValueError(f"attention {name!r} has no option {key!r}{_nearest(key, known)} (options: {allowed})")
+    OPTION_CHECKS[name](**options)
+
+
+def bind_options(name: str, options: Mapping[str, Any]) -> type[nn.Module]:
+    """Return a class that builds the attention of that name with these options already given.
+
+    timm passes a fixed set of keywords to `attn_layer` and insists on a class. What the class builds is a plain instance of
+    the attention, so models stay picklable and `type(block.attn)` is what one expects. Without options it is that class itself.
+
+    Raises:
+        ValueError: the name or an option is not valid.
+    """
+    check_attention_options(name, options)
+    attention = get_attention(name)
+    if not options:
+        return attention
+
+    def build(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
+        return attention(*args, **kwargs, **options)
+
+    return type(attention.__name__, (attention,), {"__new__": build})
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

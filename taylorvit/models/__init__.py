@@ -1,0 +1,98 @@
+"""The networks by name: our registered models, and timm's as softmax baselines."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from taylorvit.attention import Softmax, TaylorShift, check_attention_options
+from taylorvit.ops import resolve_form
+from taylorvit.models.taylor_vit import TaylorViT, default_cfgs
+
+if TYPE_CHECKING:
+    from taylorvit.config import ModelConfig
+
+__all__ = ["MODEL_NAMES", "TaylorViT", "attention_forms", "build_model"]
+
+MODEL_NAMES: tuple[str, ...] = tuple(default_cfgs)
+
+
+def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> nn.Module:
+    """Build the configured network with fresh weights, on `device` ("meta" gives shapes without memory).
+
+    Our models take every key of the config. Any other timm model is built as timm defines it, with attention "softmax".
+    In `config.kwargs`, `init_values: null` switches LayerScale off.
+
+    Raises:
+        ValueError: a name, keyword, option or size is not valid; the message lists what is.
+    """
+    check_attention_options(config.attention, config.attention_options)
+    keywords = {**_sizes(config), **_extra_keywords(config)}
+    if device is not None:
+        keywords["device"] = device
+    if config.name in MODEL_NAMES:
+        return timm.create_model(
+            config.name, attention=config.attention, attention_options=config.attention_options, **keywords
+        )
+    if not timm.is_model(config.name):
+        close = difflib.get_close_matches(config.name, [*MODEL_NAMES, *timm.list_models()], n=3)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ValueError(f"no model {config.name!r} (ours: {', '.join(MODEL_NAMES)}; others: timm's{hint})")
+    if config.attention != "softmax":
+        raise ValueError(
+            f"model {config.name!r} is timm's and has its own attention: set attention to 'softmax' "
+            f"or use one of {', '.join(MODEL_NAMES)}, got attention {config.attention!r}"
+        )
+    try:
+        return timm.create_model(config.name, **keywords)
+    except (TypeError, AssertionError) as error:  # how timm's models refuse a keyword or a size
+        raise ValueError(f"timm model {config.name!r} refuses these settings: {error}") from error
+
+
+def attention_forms(model: nn.Module, num_tokens: int | None = None) -> list[str]:
+    """Name what each attention layer computes for this many tokens: "direct", "efficient" or "softmax".
+
+    Without num_tokens it is the count at the model's own image size. A model without such layers gives [].
+    """
+    layers = [module for module in model.modules() if isinstance(module, (TaylorShift, Softmax))]
+    if num_tokens is None and isinstance(model, VisionTransformer):
+        num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    forms = []
+    for layer in layers:
+        if isinstance(layer, TaylorShift):
+            if num_tokens is None:
+                raise ValueError(f"num_tokens is needed for a {type(model).__name__}, got None")
+            forms.append(resolve_form(num_tokens, layer.head_dim, layer.form))
+        else:
+            forms.append("softmax")
+    return forms
+
+
+def _sizes(config: ModelConfig) -> dict[str, Any]:
+    """Collect the config's plain sizes and rates; null keeps the registered model's."""
+    names = [field.name for field in fields(config) if field.name not in ("name", "attention", "attention_options", "kwargs")]
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+
+
+def _extra_keywords(config: ModelConfig) -> dict[str, Any]:
+    """Check `config.kwargs` against timm's VisionTransformer and what the config has a key of its own for."""
+    own = {field.name for field in fields(config)}
+    known = set(inspect.signature(VisionTransformer.__init__).parameters) - own - {"self", "attn_layer", "device", "dtype"}
+    for key in config.kwargs:
+        if key in own:
+            raise ValueError(f"model.kwargs must not hold {key!r}: set model.{key}")
+        if config.name in MODEL_NAMES and key not in known:
+            close = difflib.get_close_matches(key, [*known, *own], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"model.kwargs has unknown keyword {key!r}{hint} (known: {', '.join(sorted(known))})")
+    extra = dict(config.kwargs)
+    if extra.get("init_values", 0) is None:
+        extra["init_values"] = 0.0  # timm drops a None and would keep the model's default; 0 builds no LayerScale
+    return extra

@@ -1,0 +1,142 @@
+"""The public operation: checks its inputs, chooses the form and the implementation, and calls it.
+
+`form` is mathematics (direct or efficient: one function, two orders of summation), `impl` is machinery. What is asked for by
+name is given or refused; only "auto" chooses, from shapes and device type alone.
+
+To add an implementation, write one function a form with the signature of `reference.direct` and enter it in
+IMPLEMENTATIONS. It is called with checked inputs: q, k, v (B, H, N, D) of one floating dtype and any strides, N may be 0,
+temperature (H,) of any floating dtype, autocast switched off. It returns (B, H, N, D) in the dtype of v.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..complexity import cheaper_form
+from . import reference
+
+Form = Literal["auto", "direct", "efficient"]
+Implementation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+FORMS: tuple[str, ...] = get_args(Form)
+IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
+    "reference": {"direct": reference.direct, "efficient": reference.efficient},
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+logger = logging.getLogger(__name__)
+
+
+def taylor_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, form: str = "auto", impl: str = "auto") -> Tensor:
+    """Compute TaylorShift attention: each output is the weighted mean of v with the weights 1 + x + x^2/2, times sqrt(N / D).
+
+    x = temperature * cos(q_i, k_j), one temperature per head; see `reference` for the equations.
+
+    Args:
+        q: queries (B, H, N, D), fp16, bf16, fp32 or fp64, any strides.
+        k: keys, with the shape, dtype and device of q.
+        v: values, likewise.
+        temperature: (H,), any of these dtypes: parameters stay fp32 while activations are bf16.
+        form: "direct" costs O(N^2 D), "efficient" O(N D^3); "auto" is `resolve_form`.
+        impl: a key of IMPLEMENTATIONS; "auto" is `resolve_impl`.
+
+    Returns:
+        (B, H, N, D) in the dtype of q. Sums are fp32 (fp64 for fp64). Under autocast q, k, v are first converted to the
+        autocast dtype (fp64 stays), which is also the output's, as for F.scaled_dot_product_attention.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not agree, D = 0, or form or impl is unknown.
+    """
+    q, k, v = _apply_autocast(q, k, v)
+    _check_inputs(q, k, v, temperature)
+    num_tokens, head_dim = q.shape[-2:]
+    form = resolve_form(num_tokens, head_dim, form)
+    impl = resolve_impl(q.device.type, impl)
+    if not torch.compiler.is_compiling():  # a compiled graph can neither log nor look a number up that it does not know
+        _log_choice_once(form, impl, num_tokens, head_dim)
+    return _without_autocast(IMPLEMENTATIONS[impl][form], q, k, v, temperature)
+
+
+def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
+    """Return the attention matrix of the direct form for pictures: (B, H, N, N), fp32 (fp64 for fp64), rows sum to 1.
+
+    The attention itself is sqrt(N / D) times this matrix times v. Arguments and errors as in `taylor_attention`.
+    """
+    q, k = _apply_autocast(q, k)
+    _check_inputs(q, k, k, temperature)
+    w = _without_autocast(reference.taylor_weights, q, k, temperature)
+    return w / w.sum(dim=-1, keepdim=True)
+
+
+def resolve_form(num_tokens: int, head_dim: int, form: str = "auto") -> str:
+    """Return "direct" or "efficient"; "auto" takes the one with fewer operations, efficient where N > N0(D).
+
+    N0 is `complexity.flops_crossover`, the paper's count. The choice depends on nothing but these two numbers.
+
+    Raises:
+        ValueError: form is unknown.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+    return cheaper_form(num_tokens, head_dim) if form == "auto" else form
+
+
+def resolve_impl(device_type: str, impl: str = "auto") -> str:
+    """Return the implementation's name; "auto" takes the best one for the device type, today "reference" for all.
+
+    Raises:
+        ValueError: impl is unknown.
+    """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(['auto', *IMPLEMENTATIONS])}, got {impl!r}")
+    return "reference" if impl == "auto" else impl
+
+
+@functools.cache
+def _log_choice_once(form: str, impl: str, num_tokens: int, head_dim: int) -> None:
+    logger.info("taylor_attention: form %s, impl %s for %d tokens of head dimension %d", form, impl, num_tokens, head_dim)
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.shape[-1] == 0:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"q, k and v must have one shape (B, H, N, D) with D > 0, got {shapes}")
+    if tuple(temperature.shape) != (q.shape[1],):
+        raise ValueError(f"temperature must have shape ({q.shape[1]},), one per head, got {tuple(temperature.shape)}")
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"q, k and v must have one dtype of {_names(DTYPES)}, got {_names((q.dtype, k.dtype, v.dtype))}")
+    if temperature.dtype not in DTYPES:
+        raise ValueError(f"temperature must have a dtype of {_names(DTYPES)}, got {_names((temperature.dtype,))}")
+    devices = [x.device for x in (q, k, v, temperature)]
+    if any(device != q.device for device in devices):
+        raise ValueError(f"q, k, v and temperature must be on one device, got {', '.join(map(str, devices))}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _autocast_enabled(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def _apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Convert to the autocast dtype where autocast is on, as PyTorch's own matrix products do."""
+    if not _autocast_enabled(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
+
+
+def _without_autocast(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call with autocast off, so that what is fp32 inside stays fp32."""
+    if not _autocast_enabled(tensors[0]):
+        return function(*tensors)
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return function(*tensors)

@@ -1,0 +1,250 @@
+"""The folder of one run: its layout, its lock, and the small files that tell people and programs how the run stands.
+
+    config.yaml        the resolved configuration          environment.json   versions, commit, hardware, launch geometry
+    status.json        how the run stands, and why it ended  metrics.jsonl    one JSON object a line, each with its "update"
+    checkpoints/       see `taylorvit.checkpoint`          export/            the model for timm, see `taylorvit.export`
+    tensorboard/       event files                         .lock              held by the process that owns the run
+
+Small files are replaced atomically: a reader sees the old or the new content, never a part.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+from taylorvit.checkpoint import sync_folder, write_durably
+
+STATES = ("starting", "running", "finished", "stopped", "preempted", "failed")
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+
+
+class RunFolder:
+    """Paths, lock and small files of a run. Only the main process writes; `create` makes the folders.
+
+    Raises:
+        ValueError: the path cannot be a folder, or a file is in its place.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = _checked(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.status = self.path / "status.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.export = self.path / "export"
+        self._lock: TextIO | None = None
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has been started here."""
+        files = (self.config, self.status, self.metrics)
+        return any(file.exists() for file in files) or any(self.checkpoints.glob("*step-*"))
+
+    def create(self) -> None:
+        """Make the folders that every run has.
+
+        Raises:
+            ValueError: the file system refuses.
+        """
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run_dir={str(self.path)!r} cannot be created: {error.strerror}") from error
+
+    def acquire_lock(self) -> None:
+        """Become the owner of the run until `release_lock` or the process's end, however it ends.
+
+        A record lock belongs to the process and not to the file handle: loader workers do not inherit it, so they cannot keep
+        the run locked after their parent was killed.
+
+        Raises:
+            ValueError: another process owns the run; the message names it.
+        """
+        assert self._lock is None, "already locked"
+        self.create()
+        lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise ValueError(
+                f"run_dir={str(self.path)!r} is in use by {owner}: stop that run or choose another run_dir"
+            ) from error
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+        lock.flush()
+        self._lock = lock
+
+    def release_lock(self) -> None:
+        """Let another process own the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration, YAML text."""
+        replace_file(self.config, text)
+
+    def write_status(self, state: str, *, update: int, epoch: int, message: str = "") -> None:
+        """Say how the run stands: one of STATES, whole updates and epochs done, and the reason of an end."""
+        assert state in STATES, state
+        record = {"state": state, "update": update, "epoch": epoch, "message": message, "time": _now()}
+        replace_file(self.status, json.dumps(record, indent=1) + "\n")
+
+    def read_status(self) -> dict[str, Any]:
+        """Return the content of status.json, empty if there is none yet.
+
+        Raises:
+            ValueError: the file is not JSON.
+        """
+        if not self.status.exists():
+            return {}
+        return _parse(self.status.read_text(encoding="utf-8"), self.status)
+
+    def write_environment(self, *, world_size: int, mixed_precision: str, devices: Sequence[str]) -> None:
+        """Record versions, commit, hardware and launch geometry; no environment variables, which may hold secrets."""
+        record = describe_environment() | {
+            "world_size": world_size,
+            "mixed_precision": mixed_precision,
+            "devices": list(devices),
+        }
+        replace_file(self.environment, json.dumps(record, indent=1) + "\n")
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl; `record` has the key "update".
+
+        NumPy and PyTorch scalars become numbers; NaN and infinities, which JSON lacks, the strings "nan", "inf" and "-inf".
+        """
+        assert "update" in record, record
+        line = json.dumps(_plain(record), allow_nan=False) + "\n"
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the records of metrics.jsonl; a last line cut by a kill is left out.
+
+        Raises:
+            ValueError: another line is not JSON.
+        """
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [_parse(line, f"{self.metrics}, line {number}") for number, line in enumerate(lines[:-1], start=1) if line]
+
+    def truncate_metrics(self, update: int) -> None:
+        """Drop the records after `update`, which a run resumed there will write again, and a torn last line."""
+        kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["update"] <= update]
+        if self.metrics.exists():
+            replace_file(self.metrics, "".join(kept))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Replace a small text file atomically and durably."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    write_durably(temporary, text)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return versions, the code's commit and the machine, as JSON types."""
+    return {
+        "time": _now(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_commit(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+def _checked(path: Path | str) -> Path:
+    text = str(path)
+    if not text.strip() or not text.isprintable():
+        raise ValueError(f"run_dir={text!r} is not allowed: give a folder's path, without control characters")
+    path = Path(text)
+    try:
+        for place in (path, *path.parents):
+            if place.is_symlink() and not place.exists():
+                raise ValueError(f"run_dir={text!r} is not allowed: {place} is a broken link")
+            if place.exists() and not place.is_dir():
+                raise ValueError(f"run_dir={text!r} is not allowed: {place} is a file")
+    except OSError as error:
+        raise ValueError(f"run_dir={text!r} is not allowed: {error.strerror}") from error
+    return path
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _parse(text: str, where: Path | str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: it is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: a {type(value).__name__} where an object is expected")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> dict[str, Any] | None:
+    """Return the commit of this package's checkout and whether it was changed since; None outside of a checkout."""
+    package = Path(__file__).resolve().parent
+    if not _git(package, "ls-files", "__init__.py"):  # installed inside somebody else's repository
+        return None
+    return {"commit": _git(package, "rev-parse", "HEAD"), "dirty": bool(_git(package, "status", "--porcelain", "--", "."))}
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,35 @@
+"""Data: images by name, the order of an epoch, augmentation and label mixing, all keyed by position.
+
+`build_dataset` opens images, `build_train_loader` and `build_eval_loader` make batches of them, and `Mixer` mixes a batch.
+"""
+
+from taylorvit.data.augment import build_eval_transform, build_train_transform, check_augment
+from taylorvit.data.images import (
+    DATASETS,
+    ImageDataset,
+    ImageError,
+    build_dataset,
+    check_classes,
+    check_num_classes,
+)
+from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
+from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
+
+__all__ = [
+    "DATASETS",
+    "ImageDataset",
+    "ImageError",
+    "Mixer",
+    "TrainLoader",
+    "build_dataset",
+    "build_eval_loader",
+    "build_eval_transform",
+    "build_train_loader",
+    "build_train_transform",
+    "check_augment",
+    "check_classes",
+    "check_mixing",
+    "check_num_classes",
+    "epoch_updates",
+    "is_mixing",
+]

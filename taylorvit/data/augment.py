@@ -1,0 +1,176 @@
+"""Image transforms: what happens to a decoded image before it becomes a normalised tensor, one line a setting.
+
+torchvision's and timm's transforms, composed here so that every key of the `augment` section maps to one of them.
+All of them draw from Python's and PyTorch's global generators, which `sampling.KeyedDataset` seeds per sample.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+
+from PIL import Image, ImageFilter
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+from taylorvit.config import AugmentConfig
+
+MAX_ASPECT = 32  # a 1 x 5000 image, its short side resized to 224, would have 250 million pixels
+Transform = Callable[[Image.Image], Tensor]
+
+
+def build_train_transform(
+    augment: AugmentConfig,
+    *,
+    img_size: int,
+    interpolation: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    in_chans: int,
+    crop_pct: float = 1.0,
+) -> Transform:
+    """Build the training transform: PIL image in mode "RGB" or "L" -> float32 (in_chans, img_size, img_size).
+
+    The recipe's default is 3-Augment with the simple random crop (DeiT III, arXiv:2204.07118): resize, padded random crop,
+    flip, exactly one of grey, solarize and blur, colour jitter, normalise.
+    """
+    check_augment(augment)
+    steps: list[Callable] = [LimitAspect(), *_crop(augment, img_size, interpolation, crop_pct)]
+    if augment.hflip > 0:
+        steps.append(transforms.RandomHorizontalFlip(augment.hflip))
+    if augment.auto_augment is not None:
+        steps.append(_auto_augment(augment.auto_augment, img_size, interpolation, mean))
+    if augment.three_augment:
+        grey = transforms.Grayscale(num_output_channels=in_chans)
+        steps.append(transforms.RandomChoice([grey, transforms.RandomSolarize(threshold=128, p=1.0), RandomBlur(0.2, 2.0)]))
+    if augment.color_jitter > 0:
+        steps.append(transforms.ColorJitter(augment.color_jitter, augment.color_jitter, augment.color_jitter))
+    steps += _to_normalised(mean, std, in_chans)
+    if augment.random_erasing > 0:
+        steps.append(RandomErasing(augment.random_erasing, mode="pixel", device="cpu"))
+    return transforms.Compose(steps)
+
+
+def build_eval_transform(
+    *, img_size: int, crop_pct: float, interpolation: str, mean: Sequence[float], std: Sequence[float], in_chans: int
+) -> Transform:
+    """Build the evaluation transform: shorter side to floor(img_size / crop_pct) as timm does, centre crop, normalise."""
+    steps = [LimitAspect(), *_centre_crop(img_size, crop_pct, interpolation), *_to_normalised(mean, std, in_chans)]
+    return transforms.Compose(steps)
+
+
+def _crop(augment: AugmentConfig, img_size: int, interpolation: str, crop_pct: float) -> list[Callable]:
+    mode = interpolation_mode(interpolation)
+    if augment.crop == "simple":
+        crop = transforms.RandomCrop(img_size, padding=augment.crop_padding or None, padding_mode="reflect")
+        return [transforms.Resize(img_size, mode), crop]
+    if augment.crop == "random_resized":
+        return [transforms.RandomResizedCrop(img_size, tuple(augment.crop_scale), tuple(augment.crop_ratio), mode)]
+    return _centre_crop(img_size, crop_pct, interpolation)
+
+
+def _centre_crop(img_size: int, crop_pct: float, interpolation: str) -> list[Callable]:
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"data.crop_pct is {crop_pct}; it must lie in (0, 1]")
+    resized = math.floor(img_size / crop_pct)
+    return [transforms.Resize(resized, interpolation_mode(interpolation)), transforms.CenterCrop(img_size)]
+
+
+def _to_normalised(mean: Sequence[float], std: Sequence[float], in_chans: int) -> list[Callable]:
+    for key, values in (("data.mean", mean), ("data.std", std)):
+        if len(values) != in_chans:
+            raise ValueError(f"{key} has {len(values)} values, {list(values)}, but model.in_chans is {in_chans}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"data.std is {list(std)}; every value must be positive")
+    return [transforms.ToTensor(), transforms.Normalize(mean, std)]
+
+
+def _auto_augment(policy: str, img_size: int, interpolation: str, mean: Sequence[float]) -> Callable:
+    """Build timm's AutoAugment, RandAugment or AugMix from its policy string; they know RGB images only."""
+    builders = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    build = builders.get(policy.split("-")[0], auto_augment_transform)
+    fill = tuple(min(255, round(255 * value)) for value in (mean if len(mean) == 3 else [*mean] * 3))
+    pil_interpolation = getattr(Image.Resampling, interpolation.upper())
+    options = {"translate_const": int(img_size * 0.45), "img_mean": fill, "interpolation": pil_interpolation}
+    if build is augment_and_mix_transform:
+        options["translate_pct"] = 0.3
+        del options["translate_const"]
+    try:
+        return InRGB(build(policy, options))
+    except (AssertionError, KeyError, ValueError) as error:  # timm checks the string with assertions
+        raise ValueError(f"augment.auto_augment is {policy!r}, which timm does not understand: {error!r}") from error
+
+
+class InRGB:
+    """Apply a transform that needs RGB images to an image of any mode, and return to that mode."""
+
+    def __init__(self, transform: Callable[[Image.Image], Image.Image]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return self.transform(image.convert("RGB")).convert(image.mode)
+
+
+class LimitAspect:
+    """Crop the middle of an image whose long side is over MAX_ASPECT times the short one; leave all others alone."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        longest = MAX_ASPECT * min(image.size)
+        if max(image.size) <= longest:
+            return image
+        width, height = (min(side, longest) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+
+class RandomBlur:
+    """Blur with a Gaussian whose radius in pixels is uniform between the two bounds."""
+
+    def __init__(self, smallest: float, largest: float) -> None:
+        self.smallest = smallest
+        self.largest = largest
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(self.smallest, self.largest)))
+
+
+def interpolation_mode(name: str) -> InterpolationMode:
+    """Return torchvision's mode for `nearest`, `bilinear` or `bicubic`."""
+    modes = {mode.value: mode for mode in (InterpolationMode.NEAREST, InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)}
+    if name not in modes:
+        raise ValueError(f"data.interpolation is {name!r}; it is one of {', '.join(modes)}")
+    return modes[name]
+
+
+def check_augment(config: AugmentConfig) -> None:
+    """Raise ValueError, naming the key, for values out of range and for settings that exclude one another."""
+    if config.crop not in ("simple", "random_resized", "none"):
+        raise ValueError(f"augment.crop is {config.crop!r}; it is simple, random_resized or none")
+    for key in ("hflip", "random_erasing", "mix_prob", "mix_switch_prob"):
+        _check_range(key, getattr(config, key), 0.0, 1.0)
+    for key in ("color_jitter", "mixup_alpha", "cutmix_alpha", "crop_padding"):
+        _check_range(key, getattr(config, key), 0.0, math.inf)
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"augment.label_smoothing is {config.label_smoothing}; it must lie in [0, 1)")
+    _check_order("crop_scale", config.crop_scale, 1.0)
+    _check_order("crop_ratio", config.crop_ratio, math.inf)
+    if config.three_augment and config.auto_augment is not None:
+        raise ValueError(
+            f"augment.three_augment and augment.auto_augment ({config.auto_augment!r}) exclude one another; turn one of them off"
+        )
+
+
+def _check_range(key: str, value: float, smallest: float, largest: float) -> None:
+    if not (smallest <= value <= largest and math.isfinite(value)):
+        allowed = f"between {smallest:g} and {largest:g}" if math.isfinite(largest) else f"at least {smallest:g}"
+        raise ValueError(f"augment.{key} is {value}; it must be {allowed}")
+
+
+def _check_order(key: str, bounds: Sequence[float], largest: float) -> None:
+    if len(bounds) != 2 or not (0 < bounds[0] <= bounds[1] <= largest and math.isfinite(bounds[1])):
+        limit = f" <= {largest:g}" if math.isfinite(largest) else ""
+        raise ValueError(f"augment.{key} is {list(bounds)}; it must be [smallest, largest] with 0 < smallest <= largest{limit}")

@@ -1,0 +1,221 @@
+"""Images inside tar files, read at random: class folders in tars, and webdataset shards.
+
+timm reads webdataset as a stream and caches open tar files across a fork; neither allows a sample to be fetched by its number
+in any process, on which our order, augmentation and resume rest. So the headers are scanned once into a small index
+(which file, where, how long), kept as JSON beside the data, and an image is one `seek` and one `read`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.utils import natural_key
+
+INDEX_VERSION = 1
+
+
+@dataclass
+class TarIndex:
+    """Where every sample lies; the five lists run in parallel, `files` holds tar numbers."""
+
+    names: list[str]
+    files: list[int]
+    offsets: list[int]
+    sizes: list[int]
+    labels: list[int]
+    classes: list[str]
+
+
+@dataclass
+class Member:
+    """A file in a tar: its path (below the tars it is nested in), and where its bytes lie in the outermost tar."""
+
+    path: str
+    file: int
+    offset: int
+    size: int
+
+
+class TarSource:
+    """Samples of tar files by number; opens the tar anew for each image, so that it survives forks and pickling."""
+
+    def __init__(self, tars: list[Path], index: TarIndex) -> None:
+        self.tars = tars
+        self.index = index
+        self.classes = index.classes
+
+    def __len__(self) -> int:
+        return len(self.index.names)
+
+    def read(self, index: int) -> tuple[BinaryIO, int]:
+        """Return the encoded image `index` and its label."""
+        size = self.index.sizes[index]
+        with open(self.tars[self.index.files[index]], "rb") as file:
+            file.seek(self.index.offsets[index])
+            content = file.read(size)
+        if len(content) != size:
+            raise OSError(f"the tar ends {size - len(content)} bytes early")
+        return io.BytesIO(content), self.index.labels[index]
+
+    def name(self, index: int) -> str:
+        """Name image `index` for messages: the tar, then the path in it."""
+        return f"{self.tars[self.index.files[index]]}/{self.index.names[index]}"
+
+
+def build_tar_source(root: Path, split: str) -> TarSource:
+    """Open `root/<split>.tar`, or the tars in `root/<split>/` (one a class); tars in a tar are followed.
+
+    An image's class is its folder, or the tar itself where it has none; classes are numbered in natural order, as timm does.
+    """
+    single = root / f"{split}.tar"
+    tars = [single] if single.is_file() else _sorted(root.glob(f"{split}/*.tar"))
+    if not tars:
+        raise ValueError(f"data.root: neither {single} nor tar files in {root / split} are there")
+    return _open_source(root, split, "tar", tars)
+
+
+def build_shard_source(root: Path, split: str) -> TarSource:
+    """Open webdataset shards: `root/<split>/*.tar`, else `root/<split>-*.tar`, else `root/*-<split>-*.tar`.
+
+    A split with a `*` in it is a pattern below root. A sample is an image and a `.cls` (a number) or a `.json` with "label".
+    """
+    patterns = [split] if "*" in split else [f"{split}/*.tar", f"{split}-*.tar", f"*-{split}-*.tar"]
+    tars: list[Path] = next((found for found in (_sorted(root.glob(pattern)) for pattern in patterns) if found), [])
+    if not tars:
+        raise ValueError(f"data.root {str(root)!r} holds no shards of split {split!r}: looked for {', '.join(patterns)}")
+    return _open_source(root, split, "wds", tars)
+
+
+def _sorted(paths: Iterator[Path]) -> list[Path]:
+    return sorted((path for path in paths if not path.name.startswith(".")), key=lambda path: natural_key(str(path)))
+
+
+def _open_source(root: Path, split: str, kind: str, tars: list[Path]) -> TarSource:
+    """Load the cached index where it still describes these very files, else scan them and try to cache the index."""
+    stats = [path.stat() for path in tars]
+    signature = [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(tars, stats, strict=True)]
+    head = {"version": INDEX_VERSION, "kind": kind, "tars": signature}
+    cache = root / f".taylorvit-{kind}-{''.join(c if c.isalnum() else '_' for c in split)}.json"
+    index = _load_index(cache, head)
+    if index is None:
+        index = _index_class_folders(tars) if kind == "tar" else _index_shards(tars)
+        if not index.names:
+            raise ValueError(f"data.root {str(root)!r}: no image in the {len(tars)} tar files of split {split!r}")
+        _save_index(cache, head, index)
+    return TarSource(tars, index)
+
+
+def _load_index(cache: Path, head: dict) -> TarIndex | None:
+    try:
+        content = json.loads(cache.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: it is only a cache
+        return None
+    if not isinstance(content, dict) or content.get("head") != head:
+        return None
+    return TarIndex(**content["index"])
+
+
+def _save_index(cache: Path, head: dict, index: TarIndex) -> None:
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps({"head": head, "index": asdict(index)}))
+        os.replace(temporary, cache)
+    except OSError:  # a read-only data folder is usual; the scan is repeated next time
+        temporary.unlink(missing_ok=True)
+
+
+def _index_class_folders(tars: list[Path]) -> TarIndex:
+    labelled = []
+    for number, path in enumerate(tars):
+        for member in _scan(path, number):
+            if _is_image(member.path):
+                folder = os.path.basename(os.path.dirname(member.path))
+                labelled.append((member, folder or (path.stem if len(tars) > 1 else "")))
+    for member, name in labelled:
+        if not name:
+            raise ValueError(f"{tars[member.file]}: {member.path} lies in no class folder")
+    classes = sorted({name for _, name in labelled}, key=natural_key)
+    number_of = {name: number for number, name in enumerate(classes)}
+    labelled.sort(key=lambda item: natural_key(item[0].path))
+    return _to_index([(member, number_of[name]) for member, name in labelled], classes)
+
+
+def _index_shards(tars: list[Path]) -> TarIndex:
+    labelled = []
+    for number, path in enumerate(tars):
+        samples: dict[str, dict[str, Member]] = {}
+        for member in _scan(path, number):
+            folder, base = os.path.split(member.path)
+            key, _, suffix = base.partition(".")
+            samples.setdefault(os.path.join(folder, key), {})[suffix.lower()] = member
+        for key, parts in samples.items():
+            images = [member for member in parts.values() if _is_image(member.path)]
+            if len(images) != 1:
+                raise ValueError(f"{path}: sample {key!r} has {len(images)} images; a webdataset sample needs exactly one")
+            labelled.append((images[0], _read_label(path, key, parts)))
+    num_classes = 1 + max((label for _, label in labelled), default=-1)
+    return _to_index(labelled, [str(label) for label in range(num_classes)])
+
+
+def _read_label(tar: Path, key: str, parts: dict[str, Member]) -> int:
+    part = parts.get("cls") or parts.get("json")
+    if part is None:
+        raise ValueError(f"{tar}: sample {key!r} has neither a .cls nor a .json file")
+    with open(tar, "rb") as file:
+        file.seek(part.offset)
+        content = file.read(part.size)
+    try:
+        label = int(content) if "cls" in parts else json.loads(content)["label"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{tar}: {part.path} holds no class number ({error!r})") from error
+    if not isinstance(label, int) or label < 0:
+        raise ValueError(f"{tar}: {part.path} gives class {label!r}; a number from 0 is needed")
+    return label
+
+
+def _to_index(labelled: list[tuple[Member, int]], classes: list[str]) -> TarIndex:
+    members = [member for member, _ in labelled]
+    return TarIndex(
+        names=[member.path for member in members],
+        files=[member.file for member in members],
+        offsets=[member.offset for member in members],
+        sizes=[member.size for member in members],
+        labels=[label for _, label in labelled],
+        classes=classes,
+    )
+
+
+def _scan(path: Path, number: int) -> list[Member]:
+    """List the files in a tar, hidden ones left out."""
+    try:
+        with open(path, "rb") as file:
+            return list(_scan_open(file, number, base=0, above=""))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: not a readable, uncompressed tar file ({error})") from error
+
+
+def _scan_open(file: BinaryIO, number: int, base: int, above: str) -> Iterator[Member]:
+    """Yield the files of the open tar, whose first byte lies at `base` of the outermost one; `above` is its path there."""
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for info in tar:
+            path = os.path.normpath(os.path.join(above, info.name))
+            if not info.isfile() or any(part.startswith(".") for part in path.split("/")):
+                continue
+            if path.endswith(".tar"):
+                inner = tar.extractfile(info)
+                assert inner is not None
+                yield from _scan_open(inner, number, base + info.offset_data, path.removesuffix(".tar"))  # type: ignore[arg-type]
+            else:
+                yield Member(path, number, base + info.offset_data, info.size)
+
+
+def _is_image(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in get_img_extensions(as_set=True)

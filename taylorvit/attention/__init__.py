@@ -1,4 +1,4 @@
-"""The attention modules by name, all with the constructor and forward signature of timm's `Attention`; each may have options."""
+"""The attention modules by name, all with timm's constructor and forward signature; each may have options."""
 
 from __future__ import annotations
 

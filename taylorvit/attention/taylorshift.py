@@ -24,7 +24,7 @@ def check_options(*, form: str = "auto", impl: str = "auto", temperature_init: f
 class TaylorShift(nn.Module):
     """Multi-head self-attention with Taylor weights: (B, N, C) -> (B, N, C).
 
-    Attention maps: with `form="direct"` (or "auto" where that resolves to direct) a forward hook on `attn_drop` receives the
+    Attention maps: with `form="direct"` (or "auto" where that resolves to direct) a hook on `attn_drop` receives the
     (B, H, N, N) matrix, as timm's `AttentionExtract(model, method="hook")` expects. The matrix is formed only while such a
     hook is there. The efficient form has no matrix, and its hook is not called.
 
@@ -113,7 +113,8 @@ class TaylorShift(nn.Module):
         return self.proj_drop(self.proj(x))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.attn_drop._forward_hooks and resolve_form(q.shape[-2], self.head_dim, self.form) == "direct":
+        hooks = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
+        if hooks and resolve_form(q.shape[-2], self.head_dim, self.form) == "direct":
             weights = self.attn_drop(taylor_attention_weights(q, k, self.temperature))  # (B, H, N, N)
             return math.sqrt(q.shape[-2] / self.head_dim) * (weights.to(v.dtype) @ v)
         return taylor_attention(q, k, v, self.temperature, form=self.form, impl=self.impl)

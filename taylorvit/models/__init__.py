@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from taylorvit.attention import Softmax, TaylorShift, check_attention_options
-from taylorvit.ops import resolve_form
 from taylorvit.models.taylor_vit import TaylorViT, default_cfgs
+from taylorvit.ops import resolve_form
 
 if TYPE_CHECKING:
     from taylorvit.config import ModelConfig

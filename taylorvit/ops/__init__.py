@@ -1,4 +1,4 @@
-"""TaylorShift attention as one operation. Knows PyTorch and the cost formulas only, so it can be lifted into another project."""
+"""TaylorShift attention as one operation. Knows PyTorch and the cost formulas only: it can be lifted out."""
 
 from .taylor_attention import FORMS, IMPLEMENTATIONS, resolve_form, resolve_impl, taylor_attention, taylor_attention_weights
 

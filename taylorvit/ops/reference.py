@@ -22,14 +22,14 @@ A, B, C = 0.5, 1.0, 1.0
 # Shorter vectors are zero vectors: the square of a shorter one would leave the range of fp32.
 ZERO_LENGTH = 1e-18
 # The gradient of x / |x| grows as 1 / |x|; below this length it stays at 1 / GRADIENT_LENGTH.
-GRADIENT_LENGTH = 1e-3
+GRADIENT_LENGTH = 1e-2
 
 
 def unit_vectors(x: Tensor) -> Tensor:
     """Divide each vector of the last dimension by its length, with a gradient that stays bounded as the length falls to 0.
 
     The value is x / |x|, and 0 for a zero vector. The gradient is that of x / |x| with its factor 1 / |x| replaced by
-    1 / max(|x|, GRADIENT_LENGTH): exact for every vector of length 1e-3 or more, at most 1000 for all others.
+    1 / max(|x|, GRADIENT_LENGTH): exact for every vector of length 0.01 or more, bounded by 100 for all others.
     A length beyond the range of the dtype gives NaN, never a wrong direction.
     """
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(ZERO_LENGTH)

@@ -51,16 +51,19 @@ def taylor_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, fo
         autocast dtype (fp64 stays), which is also the output's, as for F.scaled_dot_product_attention.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not agree, D = 0, or form or impl is unknown.
+        ValueError: shapes, dtypes or devices do not agree, D = 0, form or impl is unknown, or impl lacks the form.
     """
     q, k, v = _apply_autocast(q, k, v)
     _check_inputs(q, k, v, temperature)
     num_tokens, head_dim = q.shape[-2:]
     form = resolve_form(num_tokens, head_dim, form)
     impl = resolve_impl(q.device.type, impl)
+    forms = IMPLEMENTATIONS[impl]
+    if form not in forms:
+        raise ValueError(f"impl {impl!r} has form {', '.join(forms)} only, got {form!r}")
     if not torch.compiler.is_compiling():  # a compiled graph can neither log nor look a number up that it does not know
         _log_choice_once(form, impl, num_tokens, head_dim)
-    return _without_autocast(IMPLEMENTATIONS[impl][form], q, k, v, temperature)
+    return _without_autocast(forms[form], q, k, v, temperature)
 
 
 def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor) -> Tensor:

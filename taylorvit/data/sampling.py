@@ -8,7 +8,9 @@ index). So workers, processes and resuming change nothing, and skipping ahead lo
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -115,7 +117,28 @@ class IndexedDataset(Dataset):
         return self.transform(image), label, index
 
 
-class TrainLoader(DataLoader):
+class Loader(DataLoader):
+    """A DataLoader that ends its workers itself when the process exits.
+
+    At exit Python sends SIGTERM to child processes and waits for them, for ever if they ignore it, as ours do.
+    """
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        if self.num_workers > 0:
+            atexit.register(_end_workers, weakref.ref(iterator))
+        return iterator
+
+
+def _end_workers(reference: weakref.ref) -> None:
+    iterator = reference()
+    if iterator is not None:
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()
+
+
+class TrainLoader(Loader):
     """The training loader of a whole run: told where to start before each iteration, its workers stay alive between."""
 
     batch_sampler: EpochBatchSampler
@@ -175,7 +198,7 @@ def build_eval_loader(
     world_size: int,
     num_workers: int | None = None,
     crop_pct: float | None = None,
-) -> DataLoader:
+) -> Loader:
     """Build the loader of one process's share: images (b, C, H, W), labels (b,), indices (b,).
 
     Process r evaluates images r, r + world_size, ...: over all processes each exactly once, without padding, so the number of
@@ -191,7 +214,7 @@ def build_eval_loader(
     )
     share = range(rank, len(dataset), world_size)
     options = _loader_options(data, data.num_workers if num_workers is None else num_workers, persistent=False)
-    return DataLoader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)  # type: ignore[arg-type]
+    return Loader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)  # type: ignore[arg-type]
 
 
 def _loader_options(data: DataConfig, num_workers: int, *, persistent: bool) -> dict[str, Any]:

@@ -7,11 +7,11 @@ nearest known word. Ranges are checked here, so that a wrong value stops a run b
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -60,9 +60,9 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in _plain_items(config)}
 
 
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML that `--config` reads back equal."""
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+def config_to_yaml(config: Config) -> str:
+    """Return the resolved config as YAML that `--config` reads back equal."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -92,7 +92,7 @@ def check_config(config: Config) -> None:
                 raise ValueError(f"{key}: {value!r} is not allowed; expected {allowed}")
     if config.schedule.warmup_epochs >= config.schedule.epochs and config.schedule.warmup_epochs > 0:
         raise ValueError(
-            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be less than schedule.epochs {config.schedule.epochs}"
+            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be below schedule.epochs {config.schedule.epochs}"
         )
     for key in ("data.mean", "data.std"):
         if len(values[key]) not in (1, config.model.in_chans):
@@ -165,7 +165,7 @@ def _checked(parsed: Any) -> Config:
 def _blamed_file(arguments: Sequence[str]) -> str:
     """Return "FILE: " for the first configuration file that cannot be read on its own."""
     joined = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
-    spaced = [after for before, after in zip(arguments, arguments[1:]) if before == "--config"]
+    spaced = [after for before, after in itertools.pairwise(arguments) if before == "--config"]
     for file in [*joined, *spaced]:
         try:
             build_parser().parse_args(["--config", file])

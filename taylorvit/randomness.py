@@ -20,11 +20,14 @@ def derive_seed(purpose: str, *position: int) -> int:
 
 
 def seed_all(purpose: str, *position: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's global generators (CPU and GPU) for one purpose at one position."""
+    """Seed Python's, NumPy's and PyTorch's global generators (CPU, and GPU where in use) for one purpose at one position."""
     seed = derive_seed(purpose, *position)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
+    # torch.manual_seed would also queue work for GPUs that this process never uses, once for every sample of a loader worker
+    torch.default_generator.manual_seed(seed % 2**63)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed % 2**63)
 
 
 def numpy_generator(purpose: str, *position: int) -> np.random.Generator:

@@ -1,0 +1,227 @@
+"""Everything one training process holds, built in order from the config: what `engine` runs and what a dry run describes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from timm.loss import SoftTargetCrossEntropy
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.data import DataLoader
+
+from taylorvit.config import Config, TrainConfig
+from taylorvit.data import (
+    ImageDataset,
+    Mixer,
+    TrainLoader,
+    build_dataset,
+    build_eval_loader,
+    build_train_loader,
+    check_augment,
+    check_classes,
+    check_mixing,
+    check_num_classes,
+    epoch_updates,
+)
+from taylorvit.distributed import BatchSplit, split_batch
+from taylorvit.metrics import forward_flops, peak_flops
+from taylorvit.models import attention_forms, build_model
+from taylorvit.optim import build_optimizer, build_scheduler, freeze_backbone, scaled_learning_rate
+from taylorvit.randomness import seed_all
+from taylorvit.weights import load_into, load_weights
+
+
+@dataclass
+class Session:
+    """The objects of one training process; `model` and `optimizer` are as accelerate prepared them."""
+
+    config: Config
+    accelerator: Accelerator
+    split: BatchSplit
+    updates_per_epoch: int
+    train_set: ImageDataset
+    val_set: ImageDataset
+    train_loader: TrainLoader
+    eval_loader: DataLoader
+    mixer: Mixer
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    criterion: nn.Module
+    notes: list[str]
+
+    @property
+    def total_updates(self) -> int:
+        """Updates of the whole schedule."""
+        return self.updates_per_epoch * self.config.schedule.epochs
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without its DistributedDataParallel wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+
+def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = True) -> Session:
+    """Build everything a run needs, cheap checks first.
+
+    Args:
+        config: the run.
+        accelerator: from `build_accelerator`.
+        finetune: load `train.finetune`; not needed where a checkpoint follows.
+
+    Raises:
+        ValueError: anything in the config that cannot be honoured, by its key.
+    """
+    split = split_batch(
+        config.train.global_batch_size,
+        config.train.micro_batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    check_augment(config.augment)
+    check_mixing(config.augment, split.micro_batch_size)
+    seed_all("init", config.seed)
+    model = build_model(config.model)
+    with accelerator.local_main_process_first():  # the embedded digits are written on first use
+        train_set = build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans)
+        val_set = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
+    check_classes(train_set, val_set)
+    check_num_classes(train_set, config.model.num_classes)
+    updates_per_epoch = epoch_updates(len(train_set), config.train.global_batch_size)
+    notes = _prepare_model(model, config.train, finetune=finetune)
+    model.to(accelerator.device, memory_format=torch.channels_last if config.train.channels_last else torch.preserve_format)
+    ema = None
+    if config.train.ema_decay is not None:
+        ema = ModelEmaV3(model, decay=config.train.ema_decay, use_warmup=config.train.ema_warmup)
+    optimizer = build_optimizer(model, config.optim, global_batch_size=config.train.global_batch_size)
+    scheduler = build_scheduler(optimizer, config.schedule, updates_per_epoch=updates_per_epoch)
+    if config.train.compile:
+        model.compile()  # in place: the names of the parameters stay as they are
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return Session(
+        config=config,
+        accelerator=accelerator,
+        split=split,
+        updates_per_epoch=updates_per_epoch,
+        train_set=train_set,
+        val_set=val_set,
+        train_loader=build_train_loader(
+            train_set,
+            data=config.data,
+            augment=config.augment,
+            img_size=config.model.img_size,
+            seed=config.seed,
+            epoch=0,
+            micro_batch_size=split.micro_batch_size,
+            rank=split.rank,
+            world_size=split.world_size,
+            accumulation=split.accumulation,
+        ),
+        eval_loader=build_eval_loader(
+            val_set,
+            data=config.data,
+            img_size=config.model.img_size,
+            batch_size=config.evaluate.batch_size,
+            rank=split.rank,
+            world_size=split.world_size,
+        ),
+        mixer=Mixer(config.augment, num_classes=config.model.num_classes, seed=config.seed),
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        criterion=SoftTargetCrossEntropy() if config.train.loss == "cross_entropy" else nn.BCEWithLogitsLoss(),
+        notes=notes,
+    )
+
+
+def flops_per_image(config: Config) -> int:
+    """Return the forward FLOPs of one image (matrix products; a multiply-add is two)."""
+    model = build_model(config.model, device="meta")
+    return forward_flops(model, (config.model.in_chans, config.model.img_size, config.model.img_size))
+
+
+def total_peak_flops(session: Session) -> float | None:
+    """Return the peak FLOP/s of all processes' devices: the config's, or the table's, or None where it is unknown."""
+    stated = session.config.log.peak_tflops
+    one = stated * 1e12 if stated else peak_flops(session.accelerator.device, session.config.train.mixed_precision)
+    return one * session.split.world_size if one else None
+
+
+def describe(session: Session) -> list[str]:
+    """Return what a run would do, a line each."""
+    config, split = session.config, session.split
+    model = session.bare_model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    rate = scaled_learning_rate(config.optim, split.global_batch_size)
+    forms = attention_forms(model)
+    return [
+        f"model      {config.model.name}, attention {config.model.attention} {config.model.attention_options or ''}".rstrip(),
+        f"           {parameters:,} parameters, {trainable:,} trained, {flops_per_image(config) / 1e9:.3f} GFLOP an image forward",
+        f"form       {', '.join(f'{form} x {forms.count(form)}' for form in dict.fromkeys(forms))} (by layer: {' '.join(forms)})",
+        *(f"weights    {note}" for note in session.notes),
+        f"data       {config.data.dataset} at {config.data.root}: {len(session.train_set):,} training and "
+        f"{len(session.val_set):,} validation images, {len(session.train_set.classes)} classes",
+        f"batch      {split.global_batch_size} images an update = {split.world_size} process(es) x {split.micro_batch_size} images"
+        f" x {split.accumulation} accumulation step(s)",
+        f"updates    {session.updates_per_epoch:,} an epoch x {config.schedule.epochs} epochs = {session.total_updates:,}; "
+        f"{len(session.train_set) - session.updates_per_epoch * split.global_batch_size} images left out each epoch, others each time",
+        f"optimizer  {config.optim.name}, lr {config.optim.lr:g} x {rate / config.optim.lr:g} ({config.optim.lr_scaling} rule, base "
+        f"batch {config.optim.lr_base_batch_size}) = {rate:g}, {config.schedule.name} to {config.schedule.min_lr:g}, "
+        f"{config.schedule.warmup_epochs:g} warm-up epoch(s) from {config.schedule.warmup_lr:g}",
+        f"device     {session.accelerator.device}, {session.accelerator.distributed_type}, precision {config.train.mixed_precision}",
+        f"run        {config.run_dir}, seed {config.seed}, resume {config.resume}",
+    ]
+
+
+def _prepare_model(model: nn.Module, config: TrainConfig, *, finetune: bool) -> list[str]:
+    """Load foreign weights, freeze and set checkpointing; return notes on what was adapted."""
+    notes: list[str] = []
+    if config.finetune and finetune:
+        state, _ = load_weights(config.finetune)
+        notes = [f"{config.finetune}: {note}" for note in load_into(model, state, adapt=True)] or [f"{config.finetune}: as they are"]
+    if config.freeze == "backbone":
+        freeze_backbone(model)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    return notes
+
+
+def check_same_run(saved: dict[str, object], current: dict[str, object]) -> None:
+    """Raise a ValueError that lists the settings whose change would make a resumed run another run.
+
+    Args:
+        saved: flattened config of the checkpoint.
+        current: flattened config of this start.
+    """
+    changed = [key for key in current if saved.get(key) != current[key] and not key.startswith(FREE_TO_CHANGE)]
+    if changed:
+        shown = "; ".join(f"{key} {saved.get(key)!r} -> {current[key]!r}" for key in changed)
+        raise ValueError(f"resume: these settings differ from the checkpoint's: {shown}; start a new run_dir to change them")
+
+
+# Prefixes of settings that may differ between a run and its continuation without making it another run.
+FREE_TO_CHANGE = (
+    "run_dir",
+    "resume",
+    "device",
+    "timeout_seconds",
+    "evaluate.",
+    "checkpoint.",
+    "log.",
+    "data.root",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.pin_memory",
+    "schedule.stop_epoch",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.grad_checkpointing",
+    "train.channels_last",
+    "train.finetune",
+)

@@ -1,0 +1,61 @@
+"""Requests to stop a run: SIGTERM, SIGINT, or a file named STOP in the run folder.
+
+A request only sets a flag. The training loop shares it over all processes once per update, saves, and leaves.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+
+class StopRequest:
+    """Watch for a request to stop; as a context manager it restores the previous handlers at the end.
+
+    A signal that comes again within REPEAT_SECONDS is the same request (launchers pass Ctrl-C on to processes that already had
+    it); one that comes later ends the process at once.
+    """
+
+    REPEAT_SECONDS = 3.0
+
+    def __init__(self, stop_file: Path) -> None:
+        self.stop_file = stop_file
+        self.signal: signal.Signals | None = None
+        self._noted_at = 0.0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            self._noted_at = time.monotonic()
+        elif time.monotonic() - self._noted_at > self.REPEAT_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal is not None or self.stop_file.exists()
+
+    @property
+    def reason(self) -> str:
+        """What asked, for messages."""
+        if self.signal is not None:
+            return self.signal.name
+        return f"file {self.stop_file}" if self.stop_file.exists() else "another process was asked to stop"
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number as shells have it; 0 for the STOP file."""
+        return 128 + self.signal if self.signal is not None else 0

@@ -63,8 +63,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Path:
     """Write folder/step-XXXXXXXX and return its path; when this returns, the checkpoint survives a kill and a power cut.
 
-    `meta` holds JSON types, tuples and non-finite floats, and comes back equal. A checkpoint of the same step is replaced: it is
-    moved aside, and `find_newest` moves it back should the process die before the new one is in place.
+    `meta` holds JSON types, tuples and non-finite floats, and comes back equal. A checkpoint of the same step is replaced: it
+    is moved aside, and `find_newest` moves it back should the process die before the new one is in place.
 
     Raises:
         CheckpointError: the disk refused or `meta` holds something else; older checkpoints are untouched, nothing is left over.
@@ -172,7 +172,7 @@ def find_newest(folder: Path | str) -> Path | None:
 
 
 def best_checkpoint(folder: Path | str, metric: str) -> Path | None:
-    """Return the step folder with the highest meta["metrics"][metric], the newer one of equals, unverified; None if none has it."""
+    """Return the step folder with the highest meta["metrics"][metric], unverified; the newer of equals, None if none has it."""
     ranked = _ranked(list_checkpoints(folder), metric)
     return ranked[0] if ranked else None
 

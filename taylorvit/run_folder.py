@@ -4,6 +4,7 @@
     status.json        how the run stands, and why it ended  metrics.jsonl    one JSON object a line, each with its "update"
     checkpoints/       see `taylorvit.checkpoint`          export/            the model for timm, see `taylorvit.export`
     tensorboard/       event files                         .lock              held by the process that owns the run
+    STOP               made by a person who wants the run to save and leave
 
 Small files are replaced atomically: a reader sees the old or the new content, never a part.
 """
@@ -17,20 +18,27 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
 
 from taylorvit.checkpoint import sync_folder, write_durably
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 STATES = ("starting", "running", "finished", "stopped", "preempted", "failed")
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
 class RunFolder:
-    """Paths, lock and small files of a run. Only the main process writes; `create` makes the folders.
+    """Paths, lock and small files of a run. Only the main process writes.
 
     Raises:
         ValueError: the path cannot be a folder, or a file is in its place.
@@ -45,60 +53,48 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.export = self.path / "export"
-        self._lock: TextIO | None = None
+        self.stop_file = self.path / "STOP"
 
-    @property
     def holds_run(self) -> bool:
         """Whether a run has been started here."""
         files = (self.config, self.status, self.metrics)
         return any(file.exists() for file in files) or any(self.checkpoints.glob("*step-*"))
 
-    def create(self) -> None:
-        """Make the folders that every run has.
+    @contextmanager
+    def locked(self, *, active: bool = True) -> Iterator[None]:
+        """Own the run inside the `with` block; the folder is made. Does nothing in a process that is not `active`.
+
+        The lock ends with the process, however that ends. It is a record lock, which belongs to the process and not to the file
+        handle: loader workers do not inherit it, so they cannot keep the run locked after their parent was killed.
 
         Raises:
-            ValueError: the file system refuses.
+            ValueError: another process owns the run, which the message names, or the file system refuses the folder.
         """
+        if not active:
+            yield
+            return
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"run_dir={str(self.path)!r} cannot be created: {error.strerror}") from error
+        with open(self.path / ".lock", "a+", encoding="utf-8") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                lock.seek(0)
+                owner = lock.read().strip() or "another process"
+                raise ValueError(
+                    f"run_dir={str(self.path)!r} is in use by {owner}: stop that run or choose another run_dir"
+                ) from error
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
+            lock.flush()
+            yield
 
-    def acquire_lock(self) -> None:
-        """Become the owner of the run until `release_lock` or the process's end, however it ends.
-
-        A record lock belongs to the process and not to the file handle: loader workers do not inherit it, so they cannot keep
-        the run locked after their parent was killed.
-
-        Raises:
-            ValueError: another process owns the run; the message names it.
-        """
-        assert self._lock is None, "already locked"
-        self.create()
-        lock = open(self.path / ".lock", "a+", encoding="utf-8")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            lock.close()
-            raise ValueError(
-                f"run_dir={str(self.path)!r} is in use by {owner}: stop that run or choose another run_dir"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}")
-        lock.flush()
-        self._lock = lock
-
-    def release_lock(self) -> None:
-        """Let another process own the run."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-
-    def write_config(self, text: str) -> None:
-        """Write the resolved configuration, YAML text."""
-        replace_file(self.config, text)
+    def open(self, config: Mapping[str, Any], *, update: int) -> None:
+        """Start or continue the run after `update` updates: write config.yaml, drop the metrics of later updates."""
+        replace_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
+        self.truncate_metrics(update)
 
     def write_status(self, state: str, *, update: int, epoch: int, message: str = "") -> None:
         """Say how the run stands: one of STATES, whole updates and epochs done, and the reason of an end."""
@@ -116,14 +112,16 @@ class RunFolder:
             return {}
         return _parse(self.status.read_text(encoding="utf-8"), self.status)
 
-    def write_environment(self, *, world_size: int, mixed_precision: str, devices: Sequence[str]) -> None:
+    def write_environment(self, accelerator: Accelerator) -> None:
         """Record versions, commit, hardware and launch geometry; no environment variables, which may hold secrets."""
-        record = describe_environment() | {
-            "world_size": world_size,
-            "mixed_precision": mixed_precision,
-            "devices": list(devices),
+        device = accelerator.device
+        launch = {
+            "world_size": accelerator.num_processes,
+            "distributed_type": str(accelerator.distributed_type),
+            "mixed_precision": accelerator.mixed_precision,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         }
-        replace_file(self.environment, json.dumps(record, indent=1) + "\n")
+        replace_file(self.environment, json.dumps(describe_environment() | launch, indent=1) + "\n")
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; `record` has the key "update".
@@ -132,7 +130,7 @@ class RunFolder:
         """
         assert "update" in record, record
         line = json.dumps(_plain(record), allow_nan=False) + "\n"
-        with open(self.metrics, "a", encoding="utf-8") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:

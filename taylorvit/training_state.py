@@ -56,10 +56,13 @@ def unpack_state(
     Raises:
         CheckpointError: the state belongs to another model, optimizer or precision; nothing has been changed then.
     """
-    for part, here, there in (("EMA weights", ema, state["ema"]), ("gradient scaler", scaler, state["scaler"] is not None)):
-        if (here is not None) != bool(there):
+    for part, here, there in (
+        ("EMA weights", ema, state["ema"]),
+        ("gradient scaler values", scaler, state["scaler"] is not None),
+    ):
+        if (here is not None) != there:
             raise CheckpointError(
-                f"the checkpoint {'has' if there else 'has no'} {part}, but this run {'has' if here is not None else 'has none'}"
+                f"the checkpoint {'has' if there else 'lacks'} {part}, this run {'lacks' if there else 'has'} them"
             )
     modules = {"model": model} if ema is None else {"model": model, "ema": ema.module}
     for part, module in modules.items():
@@ -168,10 +171,9 @@ def _unpack_optimizer(packed: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             if isinstance(value, Tensor) and isinstance(current.get(key), Tensor):
                 saved[key] = value.to(current[key].device)
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    live = optimizer.state_dict()["state"]  # the optimizer's own dictionaries, by index
     for index, entries in state.items():
-        restored = optimizer.state[parameters[index]]
-        restored.update({key: _exact(restored[key], value) for key, value in entries.items()})
+        live[index].update({key: _exact(live[index][key], value) for key, value in entries.items()})
 
 
 def _exact(restored: Any, saved: Any) -> Any:
@@ -188,7 +190,7 @@ def _exact(restored: Any, saved: Any) -> Any:
 def encode(value: Any, where: str, store: Store | None = None) -> Any:
     """Return `value` in strict JSON types that `decode` turns back exactly; `store` keeps a tensor and returns its stand-in.
 
-    JSON has no tuples, no NaN or infinity, no dtypes and no tensors: each becomes a one-key object. Already encoded values pass.
+    JSON has no tuples, no NaN or infinity, no dtypes and no tensors: each becomes a one-key object. Encoded values pass.
 
     Raises:
         CheckpointError: `value` holds something else; `where` names it.

@@ -85,7 +85,7 @@ def save_checkpoint(folder: Path | str, step: int, tensors: Mapping[str, Tensor]
         _commit(temporary, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        good = _newest_valid(folder)
+        good = find_newest_valid(folder)
         raise CheckpointError(
             f"cannot write the checkpoint {target}: {error}; the last good one is {good.name if good else 'none'}"
         ) from error
@@ -277,7 +277,8 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def _newest_valid(folder: Path) -> Path | None:
+def find_newest_valid(folder: Path) -> Path | None:
+    """Return the newest valid checkpoint without changing anything: for readers of a folder that another process writes."""
     for path in reversed(list_checkpoints(folder)):
         try:
             verify_checkpoint(path)

@@ -1,0 +1,288 @@
+"""Weights from wherever they lie: run, step and export folders, safetensors, foreign .pth/.tar files, timm by name.
+
+Foreign files are data from strangers. They are read with PyTorch's restricted unpickler, which builds tensors and plain
+containers and refuses everything else, and only after their unpacked size was looked at. `adaptation` puts what was read into a
+model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from taylorvit.adaptation import load_into
+from taylorvit.checkpoint import best_checkpoint, find_newest_valid, load_checkpoint, read_meta
+from taylorvit.config import ModelConfig
+from taylorvit.original import infer_model_config, is_original
+from taylorvit.training_state import clean_name
+
+__all__ = ["MAX_BYTES", "Source", "load_into", "load_weights"]
+
+MAX_BYTES = 4 * 2**30
+RAW_KEYS = ("model_state", "state_dict", "model")  # where training scripts put the weights in their files
+EMA_KEYS = ("state_dict_ema", "model_ema", "ema")
+Step = Literal["best", "newest"] | int
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where weights came from and what is known about them.
+
+    Attributes:
+        path: the folder or file that was read, or `timm:NAME`.
+        kind: "step", "export", "safetensors", "file", "original" (the paper authors' code) or "timm".
+        weights: "raw" or "ema".
+        step: updates done, where it is known.
+        model_config: fields of `ModelConfig`, where they are known.
+        data_config: mean, std, crop_pct and interpolation that belong to the weights, where they are known.
+        class_names: in the order of the classifier's outputs, where they are known.
+        config: the whole configuration of the run, where there is one.
+        metrics: what was measured at this step, where it was.
+    """
+
+    path: str
+    kind: str
+    weights: str
+    step: int | None = None
+    model_config: dict[str, Any] | None = None
+    data_config: dict[str, Any] | None = None
+    class_names: list[str] | None = None
+    config: dict[str, Any] | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+def load_weights(
+    path: Path | str, *, weights: str = "raw", step: Step = "best", max_bytes: int = MAX_BYTES
+) -> tuple[dict[str, Tensor], Source]:
+    """Read weights on the CPU under timm's names.
+
+    Args:
+        path: a run folder, a step folder, an export folder, a .safetensors file, a file written by `torch.save` (that of the
+            paper authors' code included), or `timm:NAME` for timm's pretrained weights.
+        weights: "raw", or "ema" for the averaged weights of a step or a file that has them.
+        step: which checkpoint of a run folder: the best by the run's own metric, the newest, or a number of updates.
+        max_bytes: a foreign file that unpacks to more is refused.
+
+    Raises:
+        ValueError: one line that names the path: nothing there, not weights, damaged, unsafe, too large, no averaged weights.
+    """
+    if weights not in ("raw", "ema"):
+        raise ValueError(f"weights={weights!r} is not allowed: 'raw' or 'ema'")
+    if str(path).startswith("timm:"):
+        return _load_timm(str(path).removeprefix("timm:"), weights)
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path, weights, step)
+    if not path.exists():
+        raise ValueError(f"{path}: there is nothing there{' (a broken link)' if path.is_symlink() else ''}")
+    if not path.is_file():
+        raise ValueError(f"{path}: it is neither a file nor a folder")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty")
+    if path.suffix == ".safetensors":
+        _no_ema(path, weights)
+        return _read_safetensors(path), Source(str(path), "safetensors", weights)
+    return _load_pickled(path, weights, max_bytes)
+
+
+def _load_folder(path: Path, weights: str, step: Step) -> tuple[dict[str, Tensor], Source]:
+    if (path / "manifest.json").exists() or (path / "meta.json").exists() or re.fullmatch(r"step-\d+", path.name):
+        return _load_step(path, weights)
+    if (path / "checkpoints").is_dir():
+        return _load_step(_choose_step(path / "checkpoints", step), weights)
+    if (path / "config.json").exists():
+        _no_ema(path, weights)
+        return _load_export(path)
+    raise ValueError(f"{path}: it is no run folder (checkpoints/), step folder (manifest.json) or export folder (config.json)")
+
+
+def _choose_step(folder: Path, step: Step) -> Path:
+    """Return a step folder; read only, since a training process may be writing there."""
+    newest = find_newest_valid(folder)
+    if newest is None:
+        raise ValueError(f"{folder}: there is no valid checkpoint")
+    if step == "newest":
+        return newest
+    if step == "best":
+        metric = read_meta(newest).get("config", {}).get("checkpoint", {}).get("metric", "top1")
+        best = best_checkpoint(folder, metric)
+        if best is None:
+            raise ValueError(
+                f"{folder}: no checkpoint has been evaluated yet ({metric}): ask for the newest or name a step folder"
+            )
+        return best
+    chosen = folder / f"step-{step:08d}"
+    if not chosen.is_dir():
+        raise ValueError(f"{folder}: there is no step {step}")
+    return chosen
+
+
+def _load_step(path: Path, weights: str) -> tuple[dict[str, Tensor], Source]:
+    checkpoint = load_checkpoint(path)
+    prefix = "model." if weights == "raw" else "ema."
+    state = {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}
+    if not state:
+        raise ValueError(f"{path}: it holds no {'weights' if weights == 'raw' else 'averaged (EMA) weights'}")
+    config = checkpoint.meta.get("config") or {}
+    data = {key: config["data"][key] for key in ("mean", "std", "crop_pct", "interpolation")} if "data" in config else None
+    return state, Source(
+        path=str(path),
+        kind="step",
+        weights=weights,
+        step=checkpoint.step,
+        model_config=config.get("model"),
+        data_config=data,
+        class_names=checkpoint.meta.get("classes"),
+        config=config or None,
+        metrics=checkpoint.meta.get("metrics", {}),
+    )
+
+
+def _load_export(path: Path) -> tuple[dict[str, Tensor], Source]:
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        card = config["pretrained_cfg"]
+        model = config.get("taylorvit", {}).get("model") or _model_config(
+            config["architecture"], config.get("model_args", {}), card
+        )
+        data = {key: card[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / 'config.json'}: it is not a timm model's description ({error!r})") from error
+    names = config.get("label_names") or card.get("label_names")
+    state = _read_safetensors(path / "model.safetensors")
+    return state, Source(str(path), "export", "raw", model_config=model, data_config=data, class_names=names)
+
+
+def _load_timm(name: str, weights: str) -> tuple[dict[str, Tensor], Source]:
+    _no_ema(f"timm:{name}", weights)
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
+        raise ValueError(f"timm:{name}: timm has no such model{'; close: ' + ', '.join(close) if close else ''}")
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client and its transport raise errors of many families
+        raise ValueError(f"timm:{name}: the pretrained weights are not to be had ({_first_line(error)})") from error
+    card = model.pretrained_cfg
+    data = {key: card[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    known = _model_config(name, {}, card)
+    return dict(model.state_dict()), Source(f"timm:{name}", "timm", weights, model_config=known, data_config=data)
+
+
+def _model_config(architecture: str, model_args: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
+    """Return timm's description of a model as fields of `ModelConfig`; what has no field of its own goes to kwargs."""
+    in_chans, height, width = card.get("input_size", (3, 224, 224))
+    if height != width:
+        raise ValueError(f"only square inputs are supported, not {height} x {width}")
+    config: dict[str, Any] = {
+        "name": architecture,
+        "num_classes": card.get("num_classes", 1000),
+        "in_chans": in_chans,
+        "img_size": height,
+    }
+    if not architecture.startswith("taylorvit_"):
+        config["attention"] = "softmax"
+    own = {item.name for item in fields(ModelConfig)} - {"name", "kwargs", "img_size"}
+    config.update({key: value for key, value in model_args.items() if key in own})
+    config["kwargs"] = {key: value for key, value in model_args.items() if key not in own | {"img_size"}}
+    return config
+
+
+def _load_pickled(path: Path, weights: str, max_bytes: int) -> tuple[dict[str, Tensor], Source]:
+    content = _read_pickled(path, max_bytes)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: it holds a {type(content).__name__} where a dictionary of weights is expected")
+    keys = RAW_KEYS if weights == "raw" else EMA_KEYS
+    found = next((key for key in keys if isinstance(content.get(key), dict)), None)
+    if found is None:
+        _no_ema(path, weights)
+    state = _tensors_only(content if found is None else content[found], path, max_bytes)
+    if not is_original(state, content):
+        return state, Source(str(path), "file", weights)
+    state = {name: value.reshape(-1) if name.endswith(".temperature") else value for name, value in state.items()}
+    try:
+        model = infer_model_config(state, content.get("args"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return state, Source(str(path), "original", weights, model_config=model)
+
+
+def _read_pickled(path: Path, max_bytes: int) -> Any:
+    """Unpickle without running foreign code.
+
+    argparse.Namespace, in which the original code keeps its arguments, is allowed besides tensors and containers: it only holds
+    attributes, and building one calls nothing.
+    """
+    if zipfile.is_zipfile(path):
+        _check_archive(path, max_bytes)
+    elif path.stat().st_size > max_bytes:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, more than the limit of {max_bytes}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or hostile pickle can make the unpickler fail in any way
+        refused = re.search(r"(?:GLOBAL|class|function) [`']?([\w.]+\.[\w.]+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{path}: refused, it asks for {refused[1]} and loading that could run foreign code; "
+                "ask its author for safetensors or a file that holds tensors alone"
+            ) from error
+        raise ValueError(f"{path}: it is not a file of weights that can be loaded safely ({_first_line(error)})") from error
+
+
+def _check_archive(path: Path, max_bytes: int) -> None:
+    """Refuse a zip bomb: PyTorch stores its entries uncompressed, so that no entry is larger than the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path}: it is a damaged archive ({error})") from error
+    total = sum(entry.file_size for entry in entries)
+    if total > min(max_bytes, path.stat().st_size):
+        limit = f"the limit of {max_bytes}" if total > max_bytes else "PyTorch writes into a file of this size"
+        raise ValueError(f"{path}: refused, it unpacks to {total} bytes, more than {limit}")
+
+
+def _tensors_only(state: Mapping[Any, Any], path: Path, max_bytes: int) -> dict[str, Tensor]:
+    """Return the state under clean names, each tensor with memory of its own size."""
+    if not state:
+        raise ValueError(f"{path}: the dictionary of weights is empty")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path}: no weights found; {str(name)[:60]!r} is a {type(value).__name__}, not a tensor")
+    total = sum(value.numel() * value.element_size() for value in state.values())
+    if total > max_bytes:  # a stride of 0 makes any size out of a small file
+        raise ValueError(f"{path}: refused, its tensors have {total} bytes, more than the limit of {max_bytes}")
+    return {clean_name(name): value.detach() for name, value in state.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: it is not a valid safetensors file ({_first_line(error)})") from error
+    if not state:
+        raise ValueError(f"{path}: there are no tensors in it")
+    return {clean_name(name): value for name, value in state.items()}
+
+
+def _no_ema(path: Path | str, weights: str) -> None:
+    if weights == "ema":
+        raise ValueError(f"{path}: it holds no averaged (EMA) weights; ask for the raw ones")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

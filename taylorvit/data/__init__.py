@@ -12,15 +12,18 @@ from taylorvit.data.images import (
     check_classes,
     check_num_classes,
 )
+from taylorvit.data.imagenet_variants import VARIANTS, Variant, get_variant
 from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
 from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
 
 __all__ = [
     "DATASETS",
+    "VARIANTS",
     "ImageDataset",
     "ImageError",
     "Mixer",
     "TrainLoader",
+    "Variant",
     "build_dataset",
     "build_eval_loader",
     "build_eval_transform",
@@ -31,5 +34,6 @@ __all__ = [
     "check_mixing",
     "check_num_classes",
     "epoch_updates",
+    "get_variant",
     "is_mixing",
 ]

@@ -208,20 +208,17 @@ def _check_torchvision(name: str, split: str) -> None:
 
 
 def build_dataset(config: DataConfig, split: str, *, in_chans: int) -> ImageDataset:
-    """Open the training or the evaluation images that the config names.
+    """Open one split of the data set that the config names.
 
     Args:
         config: the data section.
-        split: "train" or "val", which stand for `config.train_split` and `config.val_split`.
+        split: `config.train_split`, `config.val_split` or any other split of this data set.
         in_chans: 1 or 3 channels.
 
     Raises:
         ValueError: an unknown set, one that can only be streamed, missing or empty folders, damaged files.
     """
-    if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}; it is train or val (data.train_split and data.val_split name the folders)")
-    name = config.train_split if split == "train" else config.val_split
-    return ImageDataset(_build_source(config.dataset, config.root, name), in_chans=in_chans)
+    return ImageDataset(_build_source(config.dataset, config.root, split), in_chans=in_chans)
 
 
 def _build_source(dataset: str, root: str, split: str) -> Source:

@@ -448,13 +448,40 @@ def test_errors_quote_what_was_given(call, message: str) -> None:
 @each_form
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_without_graph_break(form: str, autocast: bool) -> None:
+    def attend(*tensors: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return taylor_attention(*tensors, form=form)
+
     tensors = [x.requires_grad_() for x in inputs(dtype=torch.float32)]
-    compiled = torch.compile(partial(taylor_attention, form=form), fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        y, wanted = compiled(*tensors), taylor_attention(*tensors, form=form)
+    y, wanted = torch.compile(attend, fullgraph=True, backend="aot_eager")(*tensors), attend(*tensors)
     torch.testing.assert_close(y, wanted)
     for computed, expected in zip(*(torch.autograd.grad(out.float().square().sum(), tensors) for out in (y, wanted))):
         torch.testing.assert_close(computed, expected)
+
+
+@each_form
+def test_compiled_under_autocast(form: str) -> None:
+    """Around a compiled function autocast reaches into its backward pass: those gradients are rounded as bf16 products are."""
+    tensors = [x.requires_grad_() for x in inputs(dtype=torch.float32)]
+    compiled = torch.compile(partial(taylor_attention, form=form), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, wanted = compiled(*tensors), taylor_attention(*tensors, form=form)
+    torch.testing.assert_close(y, wanted)
+    for computed, expected in zip(*(torch.autograd.grad(out.float().square().sum(), tensors) for out in (y, wanted))):
+        assert max_error(computed, expected.double()) <= 3 * torch.finfo(torch.bfloat16).eps
+
+
+@each_form
+def test_exports_with_dynamic_batch(form: str) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+            return taylor_attention(q, k, v, temperature, form=form)
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    dynamic = ({0: batch}, {0: batch}, {0: batch}, None)
+    program = torch.export.export(Attend(), tuple(inputs(2)), dynamic_shapes=dynamic)
+    tensors = inputs(5)
+    torch.testing.assert_close(program.module()(*tensors), taylor_attention(*tensors, form=form))
 
 
 def test_meta_tensors_give_shapes() -> None:

@@ -4,6 +4,7 @@
 """
 
 from taylorvit.data.augment import build_eval_transform, build_train_transform, check_augment
+from taylorvit.data.imagenet_variants import VARIANTS, Variant, get_variant
 from taylorvit.data.images import (
     DATASETS,
     ImageDataset,
@@ -12,7 +13,6 @@ from taylorvit.data.images import (
     check_classes,
     check_num_classes,
 )
-from taylorvit.data.imagenet_variants import VARIANTS, Variant, get_variant
 from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
 from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
 

@@ -160,7 +160,7 @@ def check_augment(config: AugmentConfig) -> None:
     _check_order("crop_ratio", config.crop_ratio, math.inf)
     if config.three_augment and config.auto_augment is not None:
         raise ValueError(
-            f"augment.three_augment and augment.auto_augment ({config.auto_augment!r}) exclude one another; turn one of them off"
+            f"augment.three_augment and augment.auto_augment ({config.auto_augment!r}) exclude one another; turn one off"
         )
 
 

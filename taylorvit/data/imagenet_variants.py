@@ -63,9 +63,7 @@ class Variant:
             ValueError: the model has not 1000 outputs.
         """
         if logits.shape[1] != 1000:
-            raise ValueError(
-                f"{self.name} needs a model with the 1000 ImageNet classes; this one has {logits.shape[1]} outputs"
-            )
+            raise ValueError(f"{self.name} needs the 1000 ImageNet classes; this model has {logits.shape[1]}")
         logits = logits[:, self.logit_indices.to(logits.device)]
         right = self._right_classes(labels, indices, logits.device)  # (B, K)
         counted = right.any(dim=1)
@@ -127,9 +125,7 @@ def _real_labels(dataset: ImageDataset) -> list[list[int]]:
         name = dataset.sample_name(index)
         match = re.search(r"ILSVRC2012_val_(\d{8})\.", name)
         if match is None or not 1 <= int(match[1]) <= len(by_number):
-            raise ValueError(
-                f"imagenet-real needs the original file names ILSVRC2012_val_00000001.JPEG to ...50000; found {name}"
-            )
+            raise ValueError(f"imagenet-real needs the file names ILSVRC2012_val_00000001.JPEG to ...50000; found {name}")
         labels.append(by_number[int(match[1]) - 1])
     return labels
 

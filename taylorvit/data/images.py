@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from taylorvit.config import DataConfig
 from taylorvit.data.samples import FashionMnist, prepare_digits
-from taylorvit.data.webdataset import build_shard_source, build_tar_source
+from taylorvit.data.webdataset import IMAGE_SUFFIXES, build_shard_source, build_tar_source
 
 DATASETS = ["folder", "tar", "wds", "fashion_mnist", "digits", "torch/NAME", "hfds/NAME"]
 TORCH_DATASETS = ["cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "inaturalist", "imagenet"]
@@ -73,11 +73,15 @@ class ImageDataset(Dataset):
             image = content if isinstance(content, Image.Image) else _decode(content)
             return convert_image(image, IMAGE_MODES[self.in_chans]), label
         except DECODE_ERRORS as error:
-            raise ImageError(f"cannot read image {self.sample_name(index)}: {str(error).splitlines()[0] or error!r}") from error
+            raise ImageError(f"cannot read image {self.sample_name(index)}: {_first_line(error)}") from error
 
     def sample_name(self, index: int) -> str:
         """Name sample `index` for messages: its path where it has one."""
         return self.source.name(index)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _decode(file: BinaryIO) -> Image.Image:
@@ -108,11 +112,12 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         try:
-            reader = create_reader("", root=str(folder))
+            reader = create_reader("", root=str(folder), input_key=";".join(IMAGE_SUFFIXES))
         except RuntimeError as error:
-            raise ValueError(f"data.root: no images in the class folders of {folder}") from error
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            raise ValueError(f"data.root: no images ({suffixes}) in the class folders of {folder}") from error
         names = {number: name for name, number in reader.class_to_idx.items()}
-        visible = [(path, names[number]) for path, number in reader.samples if not _is_hidden(os.path.relpath(path, folder))]
+        visible = [(path, names[number]) for path, number in reader.samples if not _is_hidden(path[len(str(folder)) :])]
         if not visible:
             raise ValueError(f"data.root: no images in the class folders of {folder}")
         for path, name in visible:
@@ -150,8 +155,8 @@ class HuggingFaceSource:
         except ImportError as error:
             raise ValueError(f"data.dataset {dataset!r} needs the package datasets: pip install datasets") from error
         except (OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise ValueError(f"data.dataset {dataset!r}, split {split!r}, cannot be opened below {root!r}: {reason}") from error
+            place = f"data.dataset {dataset!r}, split {split!r}, cannot be opened below {root!r}"
+            raise ValueError(f"{place}: {_first_line(error)}") from error
         names = {number: name for name, number in self.reader.class_to_idx.items()}
         if not names:  # plain integer labels without names
             names = {number: str(number) for number in range(1 + max(self.reader.iter_targets(), default=-1))}
@@ -179,8 +184,8 @@ class TorchvisionSource:
         try:
             self.dataset: Any = create_dataset(f"torch/{name}", root=root, split=split, download=False)
         except (RuntimeError, OSError, ValueError) as error:
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise ValueError(f"data.dataset {dataset!r}, split {split!r}: its files are not in {root!r} ({reason})") from error
+            place = f"data.dataset {dataset!r}, split {split!r}: its files are not in {root!r}"
+            raise ValueError(f"{place} ({_first_line(error)})") from error
         self.title = f"{dataset} split {split}"
         found = next(getattr(self.dataset, key) for key in ("wnids", "classes", "all_categories") if hasattr(self.dataset, key))
         self.classes = [str(item) for item in found]
@@ -237,7 +242,11 @@ def _build_source(dataset: str, root: str, split: str) -> Source:
         return TorchvisionSource(dataset, root, split)
     if dataset in ("folder", "digits"):
         return FolderSource(_split_folder(Path(root), split))
-    builders = {"tar": build_tar_source, "wds": build_shard_source, "fashion_mnist": FashionMnist}
+    builders: dict[str, Callable[[Path, str], Source]] = {
+        "tar": build_tar_source,
+        "wds": build_shard_source,
+        "fashion_mnist": FashionMnist,
+    }
     return builders[dataset](Path(root), split)
 
 

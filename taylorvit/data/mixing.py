@@ -75,7 +75,8 @@ class Mixer:
         if not is_mixing(self.config):
             return images, targets
         check_mixing(self.config, len(images))
-        assert offset % 2 == 0 and offset + len(images) <= global_batch_size, (offset, len(images), global_batch_size)
+        assert offset % 2 == 0, offset
+        assert offset + len(images) <= global_batch_size, (offset, len(images), global_batch_size)
         drawn = self._draw(epoch, update, global_batch_size // 2)
         pairs = slice(offset // 2, (offset + len(images)) // 2)
         box, lam = _box_and_lam(drawn, pairs, *images.shape[-2:])

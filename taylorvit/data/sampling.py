@@ -214,7 +214,7 @@ def build_eval_loader(
     )
     share = range(rank, len(dataset), world_size)
     options = _loader_options(data, data.num_workers if num_workers is None else num_workers, persistent=False)
-    return Loader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)  # type: ignore[arg-type]
+    return Loader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)
 
 
 def _loader_options(data: DataConfig, num_workers: int, *, persistent: bool) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from timm.data.readers.img_extensions import get_img_extensions
 from timm.utils import natural_key
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 INDEX_VERSION = 1
 
 
@@ -218,4 +218,4 @@ def _scan_open(file: BinaryIO, number: int, base: int, above: str) -> Iterator[M
 
 
 def _is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in get_img_extensions(as_set=True)
+    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES

@@ -6,11 +6,13 @@ model = timm.create_model("local-dir:runs/NAME/export", pretrained=True)
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import save_for_hf
 from torch import nn
 
@@ -50,11 +52,12 @@ def export_model(
     if model_config is not None:
         root["taylorvit"] = {"model": dict(model_config)}
     data = {"mean": list(mean), "std": list(std), "crop_pct": crop_pct, "interpolation": interpolation}
+    plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels_last
     folder = Path(folder)
     temporary = folder.with_name(f".tmp-{folder.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        save_for_hf(model, temporary, model_config=root, data_config=data, safe_serialization=True)
+        save_for_hf(plain, temporary, model_config=root, data_config=data, safe_serialization=True)
         shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # written 0600, whatever the umask
         folder.mkdir(exist_ok=True)
         for file in ("model.safetensors", "config.json"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from taylorvit.checkpoint import find_newest, load_checkpoint, pack_state, prune_checkpoints, save_checkpoint, unpack_state
 from taylorvit.config import Config
-from taylorvit.config_loading import config_to_dict, config_to_yaml, flatten
+from taylorvit.config_loading import config_to_dict, flatten
 from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import evaluate
 from taylorvit.export import export_model
@@ -86,9 +86,12 @@ def train(config: Config) -> int:
         device=config.device, mixed_precision=config.train.mixed_precision, timeout_seconds=config.timeout_seconds
     )
     run = RunFolder(config.run_dir)
-    found = _claim_run_folder(config, run, accelerator)
-    session = build_session(config, accelerator, finetune=found is None)
-    with StopRequest(run.path / "STOP") as stop:
+    if config.resume == "never" and run.holds_run():
+        raise ValueError(f"run_dir: {run.path} holds a run already; continue it with --resume auto, or name another folder")
+    accelerator.wait_for_everyone()  # nobody writes there before all have looked
+    with run.locked(active=accelerator.is_main_process), StopRequest(run.stop_file) as stop:
+        found = _find_checkpoint(config, run, accelerator)
+        session = build_session(config, accelerator, finetune=found is None)
         progress = _open_run(session, run, found)
         pace = Pace(
             images_per_update=session.split.global_batch_size,
@@ -108,7 +111,6 @@ def train(config: Config) -> int:
             logger.close()
         accelerator.wait_for_everyone()
         accelerator.end_training()
-    run.release_lock()
     return stop.exit_code if stopped else 0
 
 
@@ -248,7 +250,7 @@ def save(
     """Write a checkpoint of the run as it stands between two updates, and drop the ones no longer kept."""
     config, accelerator = session.config, session.accelerator
     if accelerator.is_main_process:
-        tensors, state = pack_state(session.bare_model, session.ema, session.optimizer.optimizer, accelerator.scaler)
+        tensors, state = pack_state(session.bare_model, session.ema, session.optimizer, accelerator.scaler)
         meta: dict[str, Any] = {
             "progress": asdict(progress),
             "world_size": session.split.world_size,
@@ -273,15 +275,11 @@ def _saves_at(config: Config, update: int) -> bool:
     return every is not None and update % every == 0
 
 
-def _claim_run_folder(config: Config, run: RunFolder, accelerator: Accelerator) -> Path | None:
-    """Lock the run folder and return the checkpoint to continue from, the same on every process; None starts anew."""
-    if config.resume == "never" and run.holds_run:
-        raise ValueError(f"run_dir: {run.path} holds a run already; continue it with --resume auto, or name another folder")
-    accelerator.wait_for_everyone()  # nobody writes there before all have looked
+def _find_checkpoint(config: Config, run: RunFolder, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint to continue from, the same on every process; None starts anew."""
     found: Path | None = None
     if accelerator.is_main_process:
-        run.acquire_lock()
-        (run.path / "STOP").unlink(missing_ok=True)
+        run.stop_file.unlink(missing_ok=True)
         if config.resume == "auto":
             found = find_newest(run.checkpoints)
         elif config.resume != "never":
@@ -301,7 +299,7 @@ def _open_run(session: Session, run: RunFolder, found: Path | None) -> Progress:
             checkpoint.meta["state"],
             session.bare_model,
             session.ema,
-            session.optimizer.optimizer,
+            session.optimizer,
             accelerator.scaler,
         )
         progress = Progress(**checkpoint.meta["progress"])
@@ -309,16 +307,11 @@ def _open_run(session: Session, run: RunFolder, found: Path | None) -> Progress:
         if checkpoint.meta["world_size"] != session.split.world_size:
             accelerator.print(
                 f"note: the checkpoint was written by {checkpoint.meta['world_size']} process(es), this run has "
-                f"{session.split.world_size}: the same images in the same order, but sums round differently and drop path draws anew"
+                f"{session.split.world_size}: same images, same order, but sums round differently and drop path draws afresh"
             )
     if accelerator.is_main_process:
-        run.write_config(config_to_yaml(config))
-        run.write_environment(
-            world_size=session.split.world_size,
-            mixed_precision=config.train.mixed_precision,
-            devices=[str(accelerator.device)],
-        )
-        run.truncate_metrics(progress.update)
+        run.open(config_to_dict(config), update=progress.update)
+        run.write_environment(accelerator)
         for line in describe(session):
             print(line, flush=True)
         if found is not None:

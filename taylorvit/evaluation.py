@@ -1,8 +1,8 @@
-"""The evaluation loop: exact counts over any number of processes and any last batch."""
+"""Evaluation: exact counts over any number of processes and any last batch, of a model or of a checkpoint on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from taylorvit.data import Variant
+from taylorvit.config import Config
+from taylorvit.data import Variant, build_dataset, build_eval_loader, check_num_classes, get_variant
 from taylorvit.metrics import correct_in_top
+from taylorvit.models import attention_forms, build_model
+from taylorvit.weights import Source, load_into
 
 
 @dataclass(frozen=True)
@@ -89,22 +92,82 @@ def _judge(logits: Tensor, labels: Tensor, indices: Tensor, confusion: Tensor, v
     ).double()
 
 
-def per_class_rows(confusion: Tensor, classes: Sequence[str]) -> list[dict[str, object]]:
-    """Return, for each class, its images, correct ones, top-1 in per cent, and the class it is most often taken for."""
-    rows: list[dict[str, object]] = []
-    for label, name in enumerate(classes):
-        row = confusion[label].clone()
-        images, correct = int(row.sum()), int(row[label])
-        row[label] = 0
-        mistaken = int(row.max())
-        rows.append(
-            {
-                "class": name,
-                "images": images,
-                "correct": correct,
-                "top1": 100 * correct / images if images else None,
-                "most_confused_with": classes[int(row.argmax())] if mistaken else "",
-                "confused_images": mistaken,
-            }
+@dataclass(frozen=True)
+class Judgement:
+    """One checkpoint on one data set."""
+
+    source: Source
+    config: Config
+    evaluation: Evaluation
+    classes: list[str]
+    notes: list[str]
+    parameters: int
+    forms: list[str]
+    seconds: float
+
+
+def evaluate_checkpoint(
+    state: dict[str, Tensor], source: Source, config: Config, accelerator: Accelerator, *, variant_name: str | None = None
+) -> Judgement:
+    """Build the model and the data of `config`, load the weights, and judge every validation image.
+
+    Args:
+        state: weights, from `load_weights`.
+        source: where they came from.
+        config: its model and data sections say what to build; another img_size than the source's resamples the position
+            embedding, anything else must fit exactly.
+        accelerator: from `build_accelerator`.
+        variant_name: one of `taylorvit.data.VARIANTS`, or None.
+
+    Raises:
+        ValueError: the weights do not fit the model, or the classes of the data are not those of the checkpoint.
+    """
+    started = time.monotonic()
+    with accelerator.local_main_process_first():  # the embedded digits are written on first use
+        dataset = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
+    variant = get_variant(variant_name, dataset) if variant_name else None
+    if variant is None:
+        check_num_classes(dataset, config.model.num_classes)
+        _check_class_names(source, dataset.classes)
+    model = build_model(config.model)
+    notes = load_into(model, state, adapt=_is_resized(source, config))
+    loader = build_eval_loader(
+        dataset,
+        data=config.data,
+        img_size=config.model.img_size,
+        batch_size=config.evaluate.batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    model = model.to(accelerator.device)
+    num_classes = variant.num_classes if variant else config.model.num_classes
+    return Judgement(
+        source=source,
+        config=config,
+        evaluation=evaluate(model, loader, accelerator, num_classes=num_classes, variant=variant),
+        classes=variant.classes if variant else dataset.classes,
+        notes=notes,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        forms=list(dict.fromkeys(attention_forms(model))),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _is_resized(source: Source, config: Config) -> bool:
+    """Whether the image size differs from the checkpoint's; a changed number of classes is never adapted in an evaluation."""
+    saved = source.model_config or {}
+    if "num_classes" in saved and saved["num_classes"] != config.model.num_classes:
+        raise ValueError(
+            f"model.num_classes: {config.model.num_classes} differs from the {saved['num_classes']} of {source.path}; "
+            "an evaluation needs the classifier that was trained"
         )
-    return rows
+    return "img_size" in saved and saved["img_size"] != config.model.img_size
+
+
+def _check_class_names(source: Source, classes: list[str]) -> None:
+    """Raise a ValueError at the first class that the checkpoint and the data set name differently."""
+    for number, (trained, found) in enumerate(zip(source.class_names or [], classes)):
+        if trained != found:
+            raise ValueError(
+                f"class {number} is {trained!r} in {source.path} but {found!r} in the data set: the labels cannot be compared"
+            )

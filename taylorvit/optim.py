@@ -80,7 +80,7 @@ def freeze_backbone(model: nn.Module) -> None:
 
 
 def _parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if config.layer_decay is None:
         groups = param_groups_weight_decay(model, config.weight_decay, no_weight_decay_list=spared)
     else:

@@ -93,7 +93,9 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
     check_num_classes(train_set, config.model.num_classes)
     updates_per_epoch = epoch_updates(len(train_set), config.train.global_batch_size)
     notes = _prepare_model(model, config.train, finetune=finetune)
-    model.to(accelerator.device, memory_format=torch.channels_last if config.train.channels_last else torch.preserve_format)
+    model.to(accelerator.device)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)
     ema = None
     if config.train.ema_decay is not None:
         ema = ModelEmaV3(model, decay=config.train.ema_decay, use_warmup=config.train.ema_warmup)
@@ -154,27 +156,47 @@ def total_peak_flops(session: Session) -> float | None:
 
 def describe(session: Session) -> list[str]:
     """Return what a run would do, a line each."""
-    config, split = session.config, session.split
-    model = session.bare_model
+    return [*_describe_model(session), *_describe_data(session), *_describe_training(session)]
+
+
+def _describe_model(session: Session) -> list[str]:
+    config, model = session.config.model, session.bare_model
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    rate = scaled_learning_rate(config.optim, split.global_batch_size)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    gigaflops = flops_per_image(session.config) / 1e9
     forms = attention_forms(model)
+    counted = ", ".join(f"{form} x {forms.count(form)}" for form in dict.fromkeys(forms))
     return [
-        f"model      {config.model.name}, attention {config.model.attention} {config.model.attention_options or ''}".rstrip(),
-        f"           {parameters:,} parameters, {trainable:,} trained, {flops_per_image(config) / 1e9:.3f} GFLOP an image forward",
-        f"form       {', '.join(f'{form} x {forms.count(form)}' for form in dict.fromkeys(forms))} (by layer: {' '.join(forms)})",
+        f"model      {config.name}, attention {config.attention} {config.attention_options or ''}".rstrip(),
+        f"           {parameters:,} parameters, {trained:,} trained, {gigaflops:.3f} GFLOP an image forward",
+        f"form       {counted} (by layer: {' '.join(forms)})",
         *(f"weights    {note}" for note in session.notes),
+    ]
+
+
+def _describe_data(session: Session) -> list[str]:
+    config, split = session.config, session.split
+    left_out = len(session.train_set) - session.updates_per_epoch * split.global_batch_size
+    return [
         f"data       {config.data.dataset} at {config.data.root}: {len(session.train_set):,} training and "
         f"{len(session.val_set):,} validation images, {len(session.train_set.classes)} classes",
-        f"batch      {split.global_batch_size} images an update = {split.world_size} process(es) x {split.micro_batch_size} images"
-        f" x {split.accumulation} accumulation step(s)",
+        f"batch      {split.global_batch_size} images an update = {split.world_size} process(es) x "
+        f"{split.micro_batch_size} images x {split.accumulation} accumulation step(s)",
         f"updates    {session.updates_per_epoch:,} an epoch x {config.schedule.epochs} epochs = {session.total_updates:,}; "
-        f"{len(session.train_set) - session.updates_per_epoch * split.global_batch_size} images left out each epoch, others each time",
-        f"optimizer  {config.optim.name}, lr {config.optim.lr:g} x {rate / config.optim.lr:g} ({config.optim.lr_scaling} rule, base "
-        f"batch {config.optim.lr_base_batch_size}) = {rate:g}, {config.schedule.name} to {config.schedule.min_lr:g}, "
-        f"{config.schedule.warmup_epochs:g} warm-up epoch(s) from {config.schedule.warmup_lr:g}",
-        f"device     {session.accelerator.device}, {session.accelerator.distributed_type}, precision {config.train.mixed_precision}",
+        f"{left_out} images sit an epoch out, others each time",
+    ]
+
+
+def _describe_training(session: Session) -> list[str]:
+    config, optim, schedule = session.config, session.config.optim, session.config.schedule
+    rate = scaled_learning_rate(optim, session.split.global_batch_size)
+    return [
+        f"optimizer  {optim.name}, learning rate {rate:g} ({optim.lr_scaling} rule: {optim.lr:g} at batch "
+        f"{optim.lr_base_batch_size}), gradient norm clipped at {optim.max_grad_norm}",
+        f"schedule   {schedule.name} to {schedule.min_lr:g}, {schedule.warmup_epochs:g} warm-up epoch(s) "
+        f"from {schedule.warmup_lr:g}, stepped every update",
+        f"device     {session.accelerator.device}, precision {config.train.mixed_precision}, "
+        f"{str(session.accelerator.distributed_type).removeprefix('DistributedType.')}",
         f"run        {config.run_dir}, seed {config.seed}, resume {config.resume}",
     ]
 
@@ -184,7 +206,9 @@ def _prepare_model(model: nn.Module, config: TrainConfig, *, finetune: bool) -> 
     notes: list[str] = []
     if config.finetune and finetune:
         state, _ = load_weights(config.finetune)
-        notes = [f"{config.finetune}: {note}" for note in load_into(model, state, adapt=True)] or [f"{config.finetune}: as they are"]
+        notes = [f"{config.finetune}: {note}" for note in load_into(model, state, adapt=True)] or [
+            f"{config.finetune}: as they are"
+        ]
     if config.freeze == "backbone":
         freeze_backbone(model)
     if config.grad_checkpointing:

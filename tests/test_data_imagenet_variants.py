@@ -70,7 +70,7 @@ def test_a_and_r_judge_their_200_classes_only(tmp_path, name, inside, outside):
     assert counts[2] == 1  # the best class of the other 800 is not in the running
     assert confusion[variant.classes.index(inside), variant.classes.index(inside)] == 1
     assert judge(variant, logits_for(NUMBER["n07749582"]), label=1)[0][2] == 1
-    assert judge(variant, logits_for(NUMBER["n07749582"]), label=0)[0][2:].tolist() == [0, 0]
+    assert judge(variant, logits_for(NUMBER["n07749582"]), label=0)[0][2] == 0
     with pytest.raises(ValueError, match=f"class folder '{outside}' does not belong to {name}, whose folders are 200 synsets"):
         get_variant(name, folder(tmp_path / "other", [outside]))
 
@@ -78,7 +78,7 @@ def test_a_and_r_judge_their_200_classes_only(tmp_path, name, inside, outside):
 def test_real_labels_follow_the_file_name_and_skip_images_without_labels(tmp_path):
     # ReaL gives image 1 no label, image 2 [970, 795], image 4 [809]
     files = tuple(f"ILSVRC2012_val_{number:08d}.JPEG" for number in (1, 2, 4))
-    dataset = folder(tmp_path, ["n01440764", "n01443537"], files)
+    folder(tmp_path, ["n01440764", "n01443537"], files)
     (tmp_path / "val/n01443537/ILSVRC2012_val_00000002.JPEG").unlink()
     dataset = build_dataset(DataConfig(root=str(tmp_path)), "val", in_chans=3)
     variant = get_variant("imagenet-real", dataset)

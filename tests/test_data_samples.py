@@ -35,23 +35,24 @@ def test_digits_are_the_real_ones_split_once_and_for_all(tmp_path):
     assert sorted(numbers[0] | numbers[1]) == list(range(1797))
     shares = np.bincount([val[index][1] for index in range(len(val))]) / np.bincount(load_digits().target)
     assert abs(shares - 0.2).max() < 0.01
+    digits = load_digits()
     for index in (0, 700, 1441):
         image, label = train[index]
         number = int(Path(train.sample_name(index)).stem)
-        assert label == load_digits().target[number]
-        assert np.array_equal(np.asarray(image), np.rint(load_digits().images[number] * 255 / 16))
+        assert label == digits.target[number]
+        assert np.array_equal(np.asarray(image), np.rint(digits.images[number] * 255 / 16))
     prepare_digits(tmp_path / "other")
     assert folder_hash(tmp_path / "other") == folder_hash(tmp_path / "new/digits")
 
 
 def test_two_processes_may_write_the_digits_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=prepare_digits, args=(tmp_path / "digits",)) for _ in range(3)]
+    processes = [context.Process(target=prepare_digits, args=(tmp_path / "digits",)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [process.exitcode for process in processes] == [0, 0]
     assert len(list(tmp_path.rglob("*.png"))) == 1797
     assert [path.name for path in tmp_path.iterdir()] == ["digits"]
 

@@ -188,9 +188,7 @@ def eval_batches(batch_size: int, world_size: int, num_workers: int = 0) -> list
     return batches
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "world_size", "num_workers"), [(16, 1, 0), (16, 2, 0), (7, 3, 0), (1, 60, 0), (100, 2, 2)]
-)
+@pytest.mark.parametrize(("batch_size", "world_size", "num_workers"), [(16, 1, 0), (7, 3, 0), (1, 60, 0), (100, 2, 2)])
 def test_evaluation_sees_every_image_once(batch_size, world_size, num_workers):
     batches = eval_batches(batch_size, world_size, num_workers)
     indices = torch.cat([batch[2] for batch in batches])
@@ -225,7 +223,7 @@ def test_workers_ignore_the_signals_that_end_a_run_and_use_one_thread():
     assert labels.tolist() == [1] * NUM_IMAGES
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise KeyError('stop')", "sys.exit(3)"])
+@pytest.mark.parametrize("ending", ["pass", "raise KeyError('stop')"])
 def test_a_process_with_busy_workers_ends_at_once(tmp_path, ending):
     script = tmp_path / "script.py"
     script.write_text(
@@ -239,7 +237,7 @@ def test_a_process_with_busy_workers_ends_at_once(tmp_path, ending):
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script], env=environment, timeout=60, capture_output=True, check=False)
-    assert done.returncode == {"pass": 0, "raise KeyError('stop')": 1, "sys.exit(3)": 3}[ending]
+    assert done.returncode == (0 if ending == "pass" else 1)
 
 
 def test_negative_workers_are_named():

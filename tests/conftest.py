@@ -1,0 +1,30 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_digit_folder
+
+torch.set_num_threads(1)  # the suite may share its cores; results do not depend on it
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of 96 training and 41 validation digits."""
+    return write_digit_folder(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Let a test start accelerate anew, whatever ran in this process before."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()

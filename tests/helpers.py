@@ -1,0 +1,123 @@
+"""What tests of whole runs share: a small image folder, a small config with everything switched on, and launching processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.datasets import load_digits
+
+from taylorvit.checkpoint import load_checkpoint
+from taylorvit.config import Config
+from taylorvit.config_loading import config_from_dict, config_to_dict, flatten
+from taylorvit.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_digit_folder(root: Path, *, train: int = 96, val: int = 41) -> Path:
+    """Write the first real handwritten digits as an image folder of ten classes; 41 images make every last batch ragged."""
+    from PIL import Image
+
+    digits = load_digits()
+    for number in range(train + val):
+        split = "train" if number < train else "val"
+        folder = root / split / str(digits.target[number])
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = (digits.images[number] * 255 / 16).astype("uint8")
+        Image.fromarray(pixels).convert("RGB").save(folder / f"{number:04d}.png")
+    return root
+
+
+def tiny_config(data_root: Path, run_dir: Path, **changes: Any) -> Config:
+    """Return a config that trains in seconds with workers, augmentation, mixing, drop path, accumulation, LAMB and EMA on.
+
+    96 images at 16 an update are 6 updates an epoch. `changes` are dotted keys with `__` for the dot.
+    """
+    settings: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "device": "cpu",
+        "timeout_seconds": 60,
+        "model.num_classes": 10,
+        "model.img_size": 16,
+        "model.patch_size": 4,
+        "model.embed_dim": 32,
+        "model.depth": 2,
+        "model.num_heads": 2,
+        "model.drop_path_rate": 0.3,
+        "data.root": str(data_root),
+        "data.num_workers": 2,
+        "augment.three_augment": False,
+        "augment.auto_augment": "rand-m5-mstd0.5-inc1",
+        "augment.random_erasing": 0.3,
+        "augment.mixup_alpha": 0.8,
+        "augment.cutmix_alpha": 1.0,
+        "schedule.epochs": 3,
+        "schedule.warmup_epochs": 1.0,
+        "train.global_batch_size": 16,
+        "train.micro_batch_size": 4,
+        "train.mixed_precision": "no",
+        "train.ema_decay": 0.9,
+        "evaluate.batch_size": 16,
+        "checkpoint.every_updates": 2,
+        "checkpoint.keep_last": 50,
+        "log.every_updates": 1,
+        "log.tensorboard": False,
+        "log.image_grid": 0,
+    } | {key.replace("__", "."): value for key, value in changes.items()}
+    values = config_to_dict(Config())
+    for key, value in settings.items():
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = value
+    return config_from_dict(values)
+
+
+def as_arguments(config: Config) -> list[str]:
+    """Return the config as command-line arguments."""
+    default = flatten(Config())
+    return [f"--{key}={value}" for key, value in flatten(config).items() if value != default[key] and value is not None]
+
+
+def launch(program: str, arguments: Sequence[str], *, processes: int = 1) -> subprocess.Popen[str]:
+    """Start train.py or eval.py, on several processes through torchrun, in a process group of its own."""
+    runner = [sys.executable]
+    if processes > 1:
+        runner += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*runner, str(ROOT / program), *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, code: int = 0, timeout: float = 180) -> str:
+    """Wait for the end, check the exit code, and return what was printed."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}, expected {code}:\n{output}"
+    return output
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """Return the training loss of every update."""
+    return {record["update"]: record["loss"] for record in RunFolder(run_dir).read_metrics() if record["kind"] == "train"}
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Compare two checkpoints bit for bit: weights, averaged weights, every optimizer tensor, counters and loss sums."""
+    left, right = load_checkpoint(first), load_checkpoint(second)
+    assert left.tensors.keys() == right.tensors.keys()
+    assert any(name.startswith("ema.") for name in left.tensors)
+    assert any(name.startswith("optimizer.") for name in left.tensors)
+    different = [name for name in left.tensors if not torch.equal(left.tensors[name], right.tensors[name])]
+    assert not different
+    assert left.meta["progress"] == right.meta["progress"]
+    assert left.meta["state"] == right.meta["state"]

@@ -1,0 +1,194 @@
+"""Whole runs in this process: a run learns, ends as asked, and continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import assert_same_state, losses, tiny_config
+
+from taylorvit import engine
+from taylorvit.checkpoint import list_checkpoints, read_meta
+from taylorvit.config import Config
+from taylorvit.engine import NonFiniteError, dry_run, train
+from taylorvit.run_folder import RunFolder
+from taylorvit.signals import StopRequest
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 18 updates that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert train(tiny_config(digit_folder, run_dir)) == 0
+    return run_dir
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """Ask the next run to stop after so many of its updates; updates=0 never asks."""
+    count = iter(range(1, 10**6))
+    monkeypatch.setattr(StopRequest, "requested", property(lambda _: next(count) == updates))
+
+
+def resumed(config: Config) -> Config:
+    return replace(config, resume="auto")
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    return list_checkpoints(run_dir / "checkpoints")[-1]
+
+
+def test_a_run_leaves_what_users_look_for(undisturbed: Path) -> None:
+    status = RunFolder(undisturbed).read_status()
+    assert (status["state"], status["update"], status["epoch"]) == ("finished", 18, 3)
+    assert sorted(losses(undisturbed)) == list(range(1, 19))
+    evaluations = [record for record in RunFolder(undisturbed).read_metrics() if record["kind"] == "evaluate"]
+    assert [record["epoch"] for record in evaluations] == [1, 2, 3]
+    assert all(record["samples"] == 41 for record in evaluations)
+    assert {"top1", "top5", "ema_top1", "ema_top5", "train_loss"} <= evaluations[0].keys()
+    environment = json.loads((undisturbed / "environment.json").read_text())
+    assert environment["world_size"] == 1
+    exported = timm.create_model(f"local-dir:{undisturbed / 'export'}", pretrained=True)
+    assert exported(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+
+
+def test_learning_rate_follows_the_update_number(undisturbed: Path) -> None:
+    rates = [record["lr"] for record in RunFolder(undisturbed).read_metrics() if record["kind"] == "train"]
+    assert rates[0] == pytest.approx(1e-6)
+    assert rates[:6] == sorted(rates[:6])
+    assert rates[6:] == sorted(rates[6:], reverse=True)
+    assert max(rates) == pytest.approx(3e-3 * 5 / 6, rel=0.01)  # the last update of the warm-up
+
+
+@pytest.mark.parametrize("stops", [(4,), (6,), (3, 4, 5)], ids=["mid-epoch", "epoch-end", "three-stops"])
+def test_a_stopped_run_continues_bit_for_bit(
+    stops: tuple[int, ...], undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(digit_folder, tmp_path / "run", checkpoint__every_updates=None)
+    for number, updates in enumerate(stops):
+        stop_at(monkeypatch, updates)
+        train(config if number == 0 else resumed(config))
+        status = RunFolder(tmp_path / "run").read_status()
+        assert (status["state"], status["update"]) == ("preempted", sum(stops[: number + 1]))
+    stop_at(monkeypatch, 0)
+    assert train(resumed(config)) == 0
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
+
+
+def test_a_crash_costs_only_the_updates_since_the_last_checkpoint(
+    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(digit_folder, tmp_path / "run")
+    done = iter(range(1, 10**6))
+    original = engine.run_update
+
+    def crashing(*arguments: object, **keywords: object) -> object:
+        if next(done) == 10:
+            raise MemoryError("made up")
+        return original(*arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "run_update", crashing)
+    with pytest.raises(MemoryError):
+        train(config)
+    assert RunFolder(tmp_path / "run").read_status()["state"] == "failed"
+    assert read_meta(last_checkpoint(tmp_path / "run"))["progress"]["update"] == 8
+    monkeypatch.setattr(engine, "run_update", original)
+    assert train(resumed(config)) == 0
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
+
+
+def test_workers_and_threads_of_the_loader_change_nothing(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(digit_folder, tmp_path / "run", data__num_workers=0, schedule__stop_epoch=1)
+    train(config)
+    here = losses(tmp_path / "run")
+    assert here == {update: loss for update, loss in losses(undisturbed).items() if update <= 6}
+
+
+def test_stop_epoch_leaves_early_and_can_be_raised(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(digit_folder, tmp_path / "run", schedule__stop_epoch=1)
+    assert train(config) == 0
+    assert RunFolder(tmp_path / "run").read_status()["epoch"] == 1
+    longer = resumed(replace(config, schedule=replace(config.schedule, stop_epoch=None)))
+    assert train(longer) == 0
+    assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
+    assert train(longer) == 0  # already finished
+
+
+def test_a_finished_run_is_not_overwritten(undisturbed: Path, digit_folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="holds a run already.*--resume auto"):
+        train(tiny_config(digit_folder, undisturbed))
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
+
+
+def test_resuming_with_another_recipe_is_refused(undisturbed: Path, digit_folder: Path) -> None:
+    config = tiny_config(digit_folder, undisturbed, optim__lr=1e-3, augment__hflip=0.0)
+    with pytest.raises(ValueError, match=r"augment.hflip 0.5 -> 0.0; optim.lr 0.003 -> 0.001"):
+        train(resumed(config))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(digit_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        digit_folder,
+        tmp_path / "run",
+        optim__name="sgd",
+        optim__lr=1e30,
+        optim__max_grad_norm=None,
+        schedule__warmup_epochs=0.0,
+    )
+    with pytest.raises(NonFiniteError, match=r"loss nan at update \d+ \(epoch 1\): gradient norm .*temperatures"):
+        train(config)
+    status = RunFolder(tmp_path / "run").read_status()
+    assert status["state"] == "failed"
+    assert "NonFiniteError" in status["message"]
+
+
+def test_dry_run_says_what_would_happen_and_writes_nothing(digit_folder: Path, tmp_path: Path) -> None:
+    text = "\n".join(dry_run(tiny_config(digit_folder, tmp_path / "run", train__micro_batch_size=8)))
+    assert "16 images an update = 1 process(es) x 8 images x 2 accumulation step(s)" in text
+    assert "6 an epoch x 3 epochs = 18" in text
+    assert "direct x 2" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__num_heads": 5}, "num_heads must divide the width 32"),
+        ({"model__attention_options": {"form": "efficent"}}, "form.*efficent"),
+        ({"model__num_classes": 11}, "11"),
+        ({"train__global_batch_size": 18}, "train.global_batch_size: 18 cannot be split.*16 could"),
+        ({"train__global_batch_size": 9, "train__micro_batch_size": 3}, "train.micro_batch_size is 3"),
+        ({"train__global_batch_size": 128}, "only 96 training images"),
+        ({"data__root": "/nowhere"}, "/nowhere"),
+        ({"optim__name": "lam"}, "optim.name: 'lam' is not one of timm's optimizers; did you mean 'lamb'"),
+        ({"train__mixed_precision": "fp16"}, "train.mixed_precision: 'fp16' needs a GPU"),
+        ({"train__finetune": "/nowhere"}, "/nowhere"),
+        ({"resume": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_settings_are_one_error_and_lose_nothing(
+    changes: dict[str, object], message: str, digit_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        train(tiny_config(digit_folder, tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").glob("*.json*"))
+
+
+def test_fine_tuning_at_another_size_and_class_count(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
+    lines = dry_run(
+        tiny_config(
+            digit_folder, tmp_path / "run", model__img_size=24, train__finetune=str(undisturbed), train__freeze="backbone"
+        )
+    )
+    text = "\n".join(lines)
+    assert "position embedding" in text
+    assert " 330 trained" in text  # 10 classes x (32 + 1)

@@ -239,7 +239,8 @@ def _read_pickled(path: Path, max_bytes: int) -> Any:
                 f"{path}: refused, it asks for {refused[1]} and loading that could run foreign code; "
                 "ask its author for safetensors or a file that holds tensors alone"
             ) from error
-        raise ValueError(f"{path}: it is not a file of weights that can be loaded safely ({_first_line(error)})") from error
+        # PyTorch's own text is not repeated: it advises to load without the restriction.
+        raise ValueError(f"{path}: it is damaged or was not written by torch.save ({type(error).__name__})") from error
 
 
 def _check_archive(path: Path, max_bytes: int) -> None:

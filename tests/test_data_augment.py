@@ -215,6 +215,12 @@ def test_defaults_pass_and_unusable_data_settings_are_named():
             build_eval_transform(**(good | change))
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n3-inc1", "rand-m0-n3", "v0", "v0r", "original", "augmix-m10", "3a"])
+def test_policies_survive_their_strongest_level_with_this_pillow(policy):
+    for view in views(settings(auto_augment=policy), 150, image=photo(size=(24, 24))):
+        assert view.isfinite().all()
+
+
 @pytest.mark.parametrize("policy", ["rand-x9", "nonsense", "", "augmix-q3"])
 def test_policies_timm_does_not_know_are_named(policy):
     with pytest.raises(ValueError, match=f"augment.auto_augment is '{policy}'"):

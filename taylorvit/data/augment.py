@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from PIL import Image, ImageFilter
-from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import AugmentOp, augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+from timm.data.auto_augment import posterize as timm_posterize
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
@@ -100,9 +102,25 @@ def _auto_augment(policy: str, img_size: int, interpolation: str, mean: Sequence
         options["translate_pct"] = 0.3
         del options["translate_const"]
     try:
-        return InRGB(build(policy, options))
+        transform = build(policy, options)
     except (AssertionError, KeyError, ValueError) as error:  # timm checks the string with assertions
         raise ValueError(f"augment.auto_augment is {policy!r}, which timm does not understand: {error!r}") from error
+    for op in _ops(transform):
+        if op.aug_fn is timm_posterize:
+            op.aug_fn = posterize
+    return InRGB(transform)
+
+
+def _ops(transform: Any) -> list[AugmentOp]:
+    """Return the single operations of a timm policy."""
+    if hasattr(transform, "policy"):
+        return [op for sub_policy in transform.policy for op in sub_policy]
+    return transform.ops
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """Posterize to at least one bit: timm's strongest level keeps none, which recent versions of Pillow refuse."""
+    return timm_posterize(image, max(1, bits_to_keep), **options)
 
 
 class InRGB:

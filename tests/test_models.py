@@ -128,7 +128,7 @@ def test_features(name: str, attention: str) -> None:
     last, intermediates = model.forward_intermediates(images(), indices=2, norm=True)
     assert len(intermediates) == 2
     torch.testing.assert_close(last, model.forward_features(images()))
-    model.prune_intermediate_layers(0)
+    model.prune_intermediate_layers([0])
     assert len(model.blocks) == 1
     assert model(images()).shape == (2, 5, model.embed_dim)  # the tokens, without pooling and classifier
 

@@ -18,7 +18,7 @@ from PIL import Image
 from timm.data import create_reader
 
 from taylorvit.config import DataConfig
-from taylorvit.data import ImageError, build_dataset, check_classes, check_num_classes
+from taylorvit.data import ImageError, build_dataset, build_eval_loader, check_classes, check_num_classes
 from taylorvit.data.images import ImageDataset, convert_image
 
 
@@ -136,6 +136,19 @@ def test_a_broken_image_stops_with_its_name(tmp_path, damage):
     with pytest.raises(ImageError, match=r"cannot read image .*cat/1\.png: .+"):
         dataset[1]
     assert dataset[2][1] == 0
+
+
+def test_a_broken_image_met_by_a_worker_is_named_in_the_last_line(tmp_path):
+    write_folder(tmp_path, "val", ["cat"], images_per_class=3)
+    (tmp_path / "val/cat/1.png").write_bytes(b"")
+    config = DataConfig(root=str(tmp_path), num_workers=1)
+    loader = build_eval_loader(
+        build_dataset(config, "val", in_chans=3), data=config, img_size=8, batch_size=2, rank=0, world_size=1
+    )
+    with pytest.raises(ImageError) as caught:
+        list(loader)
+    assert "cannot read image" in str(caught.value).strip().splitlines()[-1]
+    assert "cat/1.png" in str(caught.value).strip().splitlines()[-1]
 
 
 def test_images_of_every_mode_become_rgb_and_grey():

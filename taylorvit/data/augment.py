@@ -100,7 +100,6 @@ def _auto_augment(policy: str, img_size: int, interpolation: str, mean: Sequence
     options = {"translate_const": int(img_size * 0.45), "img_mean": fill, "interpolation": pil_interpolation}
     if build is augment_and_mix_transform:
         options["translate_pct"] = 0.3
-        del options["translate_const"]
     try:
         transform = build(policy, options)
     except (AssertionError, KeyError, ValueError) as error:  # timm checks the string with assertions

@@ -10,17 +10,18 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import jsonargparse
 import yaml
 
+from taylorvit import report
 from taylorvit.cli import run_program
 from taylorvit.config import Config
 from taylorvit.config_loading import build_parser, load_config
-
-if TYPE_CHECKING:
-    from taylorvit.weights import Source
+from taylorvit.distributed import build_accelerator
+from taylorvit.evaluation import evaluate_checkpoint
+from taylorvit.weights import Source, load_weights
 
 
 def build_eval_parser() -> jsonargparse.ArgumentParser:
@@ -56,11 +57,6 @@ def main() -> int:
         raise ValueError(
             f"per_class: {options['per_class']!r} holds one evaluation; give one checkpoint and one kind of weights"
         )
-    from taylorvit import report  # after the arguments are known to be good: importing torch takes seconds
-    from taylorvit.distributed import build_accelerator
-    from taylorvit.evaluation import evaluate_checkpoint
-    from taylorvit.weights import load_weights
-
     loaded = [load_weights(path, weights=kind, step=step) for path in options["checkpoints"] for kind in kinds]
     configs = [checkpoint_config(source, arguments) for _, source in loaded]
     if len({config.train.mixed_precision for config in configs}) > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+from taylorvit import engine
 from taylorvit.cli import run_program
 from taylorvit.config_loading import build_parser, load_config
 
@@ -18,8 +19,6 @@ def main() -> int:
     parser = build_parser(prog="train.py", description=__doc__)
     parser.add_argument("--dry_run", action="store_true", help="build everything, say what would happen, and leave")
     config, options = load_config(sys.argv[1:], parser)
-    from taylorvit import engine  # after the config is known to be good: importing torch takes seconds
-
     if options["dry_run"]:
         print("\n".join(engine.dry_run(config)))
         return 0

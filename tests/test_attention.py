@@ -63,8 +63,14 @@ def test_forward_is_projection_attention_projection(form: str) -> None:
     torch.testing.assert_close(attention(x), wanted)
 
 
-def test_options_reach_the_operation() -> None:
+def test_options_reach_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     attention = TaylorShift(12, num_heads=3, form="efficient", impl="reference", temperature_init=2.5)
+    given = {}
+    monkeypatch.setattr(
+        "taylorvit.attention.taylorshift.taylor_attention", lambda q, k, v, temperature, **options: given.update(options) or v
+    )
+    attention(tokens())
+    assert given == {"form": "efficient", "impl": "reference"}
     assert (attention.form, attention.impl) == ("efficient", "reference")
     assert attention.temperature.tolist() == [2.5] * 3
     assert TaylorShift(12, num_heads=3).temperature.tolist() == [1.0] * 3

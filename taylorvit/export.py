@@ -52,7 +52,7 @@ def export_model(
     if model_config is not None:
         root["taylorvit"] = {"model": dict(model_config)}
     data = {"mean": list(mean), "std": list(std), "crop_pct": crop_pct, "interpolation": interpolation}
-    plain = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format)  # safetensors refuses channels_last
+    plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors refuses channels_last
     folder = Path(folder)
     temporary = folder.with_name(f".tmp-{folder.name}")
     try:

@@ -374,6 +374,7 @@ def test_every_place_to_die_inside_a_save_leaves_a_valid_newest(tmp_path: Path, 
         assert newest is not None
         assert_valid(newest, 8 if 8 in existing or newest.name.endswith("8") else 4)
         assert all(name.startswith("step-") for name in names(folder)), "leftovers are swept"
+        assert [verify_checkpoint(path) for path in list_checkpoints(folder)], "none is half removed"
         shutil.rmtree(folder)
         if process.exitcode == 0:
             break
@@ -422,6 +423,13 @@ def test_newest_best_and_milestones_are_kept(tmp_path: Path) -> None:
     assert best is not None
     assert best.name == "step-00000004"
     assert best_checkpoint(tmp_path, "ema_top1") is None
+
+
+@pytest.mark.parametrize("scores", [(math.nan, 5.0), (5.0, math.nan), (math.nan, 5.0, math.nan), (math.inf, 5.0)])
+def test_what_is_not_finite_is_never_the_best(tmp_path: Path, scores: tuple[float, ...]) -> None:
+    for step, score in enumerate(scores):
+        save(tmp_path, step, metrics={"top1": score})
+    assert best_checkpoint(tmp_path, "top1") == tmp_path / f"step-{scores.index(5.0):08d}"
 
 
 @pytest.mark.parametrize("keep_last", [1, 0, -3])

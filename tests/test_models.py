@@ -388,6 +388,8 @@ def test_attention_forms_follow_tokens_and_options() -> None:
     assert attention_forms(build_model(ModelConfig(attention="softmax", depth=3), device="meta")) == ["softmax"] * 3
     large = build_model(ModelConfig(img_size=1040, depth=1), device="meta")
     assert attention_forms(large) == ["efficient"]  # 65 * 65 + 1 = 4226 tokens
+    edge = timm.create_model(MODEL_NAMES[0], img_size=(96, 192), num_heads=24, depth=1, device="meta")
+    assert attention_forms(edge) == ["efficient"]  # 72 patches alone would still be direct: N0(8) = 72.7
     assert attention_forms(nn.Linear(2, 2)) == []
     with pytest.raises(ValueError, match="num_tokens is needed for a TaylorShift"):
         attention_forms(TaylorShift(12, 3))

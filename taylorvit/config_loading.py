@@ -1,7 +1,8 @@
 """Read a `Config` from YAML files and the command line, and check it.
 
 jsonargparse does the reading and the types; what it rejects is said in one line that names the file, the key, the value and the
-nearest known word. Ranges are checked here, so that a wrong value stops a run before anything is loaded.
+nearest known word. Ranges, and what YAML lets pass in silence (a key given twice, `no` for false), are checked here, so that a
+wrong value stops a run before anything is loaded.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from taylorvit.config import Config
 
 def build_parser(**parser_options: Any) -> jsonargparse.ArgumentParser:
     """Return a parser that takes layered `--config FILE`s, every key of `Config` as `--section.key`, and `--print_config`."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, **parser_options)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, allow_abbrev=False, **parser_options)
     parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win")
     parser.add_class_arguments(Config)
     return parser
@@ -35,14 +36,17 @@ def load_config(arguments: Sequence[str], parser: jsonargparse.ArgumentParser | 
         the checked config, and the values of arguments that the caller added to the parser.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a value of the wrong type, or one out of range.
+        ValueError: a file that cannot be read, an unknown key (with the nearest known one), a value of the wrong type, or one
+            out of range.
     """
     parser = parser or build_parser()
+    for file in _config_files(arguments):
+        check_yaml(file)
     try:
-        parsed = parser.instantiate(parser.parse_args(list(arguments)))
-    except (jsonargparse.ArgumentError, yaml.YAMLError) as error:
+        parsed = parser.parse_args(list(arguments))
+    except _REFUSALS as error:
         raise ValueError(_blamed_file(arguments) + _explain(str(error))) from error
-    config = _checked(parsed)
+    config = _checked(parser, parsed)
     return config, {key: value for key, value in vars(parsed).items() if key not in vars(config) and key != "config"}
 
 
@@ -50,19 +54,15 @@ def config_from_dict(values: dict[str, Any]) -> Config:
     """Rebuild a config from the plain dictionary of `config_to_dict`, checking types and names as `load_config` does."""
     parser = build_parser()
     try:
-        return _checked(parser.instantiate(parser.parse_object(values)))
-    except jsonargparse.ArgumentError as error:
+        parsed = parser.parse_object(values)
+    except _REFUSALS as error:
         raise ValueError(_explain(str(error))) from error
+    return _checked(parser, parsed)
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Return a config or section as plain JSON types (tuples become lists)."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in _plain_items(config)}
-
-
-def config_to_yaml(config: Config) -> str:
-    """Return the resolved config as YAML that `--config` reads back equal."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    return _plain(asdict(config))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -74,12 +74,37 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return `{"section.key": value}` for every setting."""
     flat: dict[str, Any] = {}
-    for key, value in _plain_items(config) if is_dataclass(config) else config.items():
+    for key, value in (config_to_dict(config) if is_dataclass(config) else config).items():
         if isinstance(value, dict) and not key.endswith(("kwargs", "_options")):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat
+
+
+def check_yaml(file: str) -> None:
+    """Check what YAML itself lets pass: keys, repetitions, and words it takes for another value.
+
+    Raises:
+        ValueError: names file and line.
+    """
+    try:
+        with open(file, encoding="utf-8") as stream:
+            root = yaml.compose(stream, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8 text ({error.reason})") from error
+    except yaml.MarkedYAMLError as error:
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ValueError(f"{_place(error.problem_mark)}: not valid YAML: {problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file}: nested too deeply") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{file}: {'a ' + root.id if root else 'nothing'} where `key: value` lines are expected")
+    _check_node(root, "", set())
 
 
 def check_config(config: Config) -> None:
@@ -104,11 +129,11 @@ def check_config(config: Config) -> None:
 
 
 def _at_least(low: float) -> Any:
-    return lambda value: math.isfinite(value) and value >= low
+    return lambda value: low <= value < math.inf
 
 
 def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return 0 < value < math.inf
 
 
 def _share(value: float) -> bool:
@@ -140,14 +165,10 @@ _RANGES: tuple[tuple[str, str, Any], ...] = (
     ("augment.hflip augment.random_erasing augment.mix_prob augment.mix_switch_prob", "a probability, 0 to 1", _share),
     ("augment.label_smoothing model.drop_path_rate model.drop_rate train.ema_decay", "0 or more, below 1", _share_below_one),
     ("data.crop_pct optim.layer_decay", "above 0, at most 1", lambda value: 0 < value <= 1),
-    ("data.std", "numbers above 0", lambda value: all(map(_positive, value))),
+    ("data.mean", "finite numbers", lambda value: all(map(math.isfinite, value))),
+    ("data.std", "finite numbers above 0", lambda value: all(map(_positive, value))),
     ("optim.betas", "two rates in 0..1, below 1", lambda value: all(map(_share_below_one, value))),
 )
-
-
-def _plain_items(config: Any) -> list[tuple[str, Any]]:
-    items = asdict(config).items()
-    return [(key, _plain(value)) for key, value in items]
 
 
 def _plain(value: Any) -> Any:
@@ -156,43 +177,119 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
-def _checked(parsed: Any) -> Config:
-    config = Config(**{name.name: parsed[name.name] for name in fields(Config)})
+def _annotations(section: type, prefix: str = "") -> dict[str, str]:
+    """Return `{"section.key": annotation}`, as the dataclasses' source has it, for every setting."""
+    found: dict[str, str] = {}
+    for item in fields(section):
+        if is_dataclass(item.default_factory):
+            found |= _annotations(item.default_factory, f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = str(item.type)
+    return found
+
+
+_REFUSALS = (jsonargparse.ArgumentError, OverflowError)  # the latter of an integer that no float can hold
+_TYPES = _annotations(Config)
+_SECTIONS = {key.partition(".")[0] for key in _TYPES if "." in key}
+
+
+def _checked(parser: jsonargparse.ArgumentParser, parsed: jsonargparse.Namespace) -> Config:
+    """Build and check the config; jsonargparse lets null stand for any value, which only an optional one may be."""
+    for section in _SECTIONS:
+        if not isinstance(parsed[section], jsonargparse.Namespace):
+            raise ValueError(f"{section}: {parsed[section]!r} is not allowed; it is a section, give its keys")
+    for key, annotation in _TYPES.items():
+        if parsed[key] is None and "None" not in annotation:
+            raise ValueError(f"{key}: null is not allowed; expected {annotation}")
+    built = parser.instantiate(parsed)
+    config = Config(**{item.name: built[item.name] for item in fields(Config)})
     check_config(config)
     return config
 
 
-def _blamed_file(arguments: Sequence[str]) -> str:
-    """Return "FILE: " for the first configuration file that cannot be read on its own."""
+def _check_node(node: yaml.Node, key: str, seen: set[int | str]) -> None:
+    """Check a YAML node and what is below it; `seen` holds the keys and the identities of the nodes met before."""
+    if isinstance(node, yaml.ScalarNode):
+        if _is_misread(node):
+            raise ValueError(
+                f"{_place(node.start_mark)}: {key}: YAML takes {node.value} for another value; "
+                "put it in quotes, or write true, false or a decimal number"
+            )
+        return
+    below = [child for pair in node.value for child in pair] if isinstance(node, yaml.MappingNode) else node.value
+    if id(node) in seen and not all(isinstance(child, yaml.ScalarNode) for child in below):
+        raise ValueError(f"{_place(node.start_mark)}: {key}: an alias may stand for plain values only")
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for position, child in enumerate(below):
+            _check_node(child, f"{key}[{position}]", seen)
+        return
+    for name, value in node.value:
+        _check_key(name, value, key, seen)
+
+
+def _check_key(name: yaml.Node, value: yaml.Node, section: str, seen: set[int | str]) -> None:
+    """Check one `name: value` of a mapping: known, not given before, and what is below it."""
+    place = _place(name.start_mark)
+    if not isinstance(name, yaml.ScalarNode):
+        raise ValueError(f"{place}: a {name.id} cannot be a key")
+    key = f"{section}.{name.value}" if section else name.value
+    if section in ("", *_SECTIONS) and key not in (*_TYPES, *_SECTIONS):
+        raise ValueError(f"{place}: unknown key {key!r}{_nearest_key(key)}")
+    if key in _SECTIONS and not isinstance(value, yaml.MappingNode):
+        raise ValueError(f"{place}: {key} is a section: its keys stand below it, indented")
+    if key in seen:
+        raise ValueError(f"{place}: the key {key!r} is given twice")
+    seen.add(key)
+    _check_node(value, key, seen)
+
+
+def _is_misread(node: yaml.ScalarNode) -> bool:
+    """Whether YAML 1.1 makes of an unquoted word what few expect: no -> false, 12:30 -> 750, 010 -> 8."""
+    kind = node.tag.rpartition(":")[2]
+    return (
+        (kind == "bool" and node.value.lower() not in ("true", "false"))
+        or (kind == "int" and not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value))
+        or (kind == "float" and ":" in node.value)
+    )
+
+
+def _place(mark: yaml.Mark | None) -> str:
+    return f"{mark.name}, line {mark.line + 1}" if mark else "configuration"
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
     joined = [argument.split("=", 1)[1] for argument in arguments if argument.startswith("--config=")]
-    spaced = [after for before, after in itertools.pairwise(arguments) if before == "--config"]
-    for file in [*joined, *spaced]:
+    return joined + [after for before, after in itertools.pairwise(arguments) if before == "--config"]
+
+
+def _blamed_file(arguments: Sequence[str]) -> str:
+    """Return "FILE: " for the first configuration file that is not accepted on its own."""
+    for file in _config_files(arguments):
         try:
             build_parser().parse_args(["--config", file])
-        except (jsonargparse.ArgumentError, yaml.YAMLError):
+        except _REFUSALS:
             return f"{file}: "
     return ""
 
 
 def _explain(message: str) -> str:
-    """Turn jsonargparse's message into one line that ends with the nearest known name or the allowed values."""
+    """Turn jsonargparse's message into one line that ends with the nearest known name or what is allowed."""
     text = " ".join(message.split())
-    known = {key: key.rpartition(".")[2] for key in [*flatten(Config()), "config", "print_config"]}
     if match := re.search(r"Group '([^']+)' does not accept option '([^']+)'", text):
-        group, option = match.groups()
-        return f"unknown key {group}.{option}{_nearest_key(f'{group}.{option}', known)}"
-    if match := re.search(r"Option '([^']+)' is not accepted", text):
-        return f"unknown key {match[1]}{_nearest_key(match[1], known)}"
-    if match := re.search(r"unrecognized arguments: --([^\s=]+)", text):
-        return f"unknown key {match[1]}{_nearest_key(match[1], known)}"
-    if match := re.search(r'Parser key "([^"]+)": Expected a typing\.Literal\[(.+?)\]\. Got value: (\S+)', text):
-        key, allowed, value = match.groups()
-        words = re.findall(r"[\w-]+", allowed)
-        return f"{key}: {value!r} is not one of {', '.join(words)}{nearest(value, words)}"
+        key = f"{match[1]}.{match[2]}"
+        return f"unknown key {key!r}{_nearest_key(key, 'config', 'print_config')}"
+    if match := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: --([^\s=]+)", text):
+        key = match[1] or match[2]
+        return f"unknown key {key!r}{_nearest_key(key, 'config', 'print_config')}"
+    match = re.search(r'Parser key "([^"]+)": .*(?:Got|Given) value: (.*)$', text)
+    if match and (annotation := _TYPES.get(match[1])):
+        words = re.findall(r"'([^']+)'", annotation)
+        allowed = f"one of {', '.join(words)}" if words else annotation
+        return f"{match[1]}: {match[2]} is not allowed; expected {allowed}"
     return re.sub(r'Parser key "([^"]+)":', r"\1:", text)
 
 
-def _nearest_key(word: str, known: dict[str, str]) -> str:
-    sections = {key.rpartition(".")[0] for key in known} - {""}
-    by_leaf = [key for key, leaf in known.items() if leaf == word.rpartition(".")[2]]
-    return f"; did you mean {by_leaf[0]!r}?" if by_leaf else nearest(word, [*known, *sections])
+def _nearest_key(word: str, *others: str) -> str:
+    by_leaf = [key for key in _TYPES if key.rpartition(".")[2] == word.rpartition(".")[2]]
+    return f"; did you mean {by_leaf[0]!r}?" if by_leaf else nearest(word, [*_TYPES, *_SECTIONS, *others])

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="build everything, say what would happen, and leave")
     config, options = load_config(sys.argv[1:], parser)
     if options["dry_run"]:
-        print("\n".join(engine.dry_run(config)))
+        engine.dry_run(config)
         return 0
     return engine.train(config)
 

@@ -115,11 +115,12 @@ def train(config: Config) -> int:
 
 
 def dry_run(config: Config) -> list[str]:
-    """Build everything, train nothing; return what would happen, a line each."""
+    """Build everything, train nothing, write nothing in run_dir; print what would happen and return it, a line each."""
     accelerator = build_accelerator(
         device=config.device, mixed_precision=config.train.mixed_precision, timeout_seconds=config.timeout_seconds
     )
     lines = describe(build_session(config, accelerator))
+    accelerator.print("\n".join(lines))
     accelerator.end_training()
     return lines
 

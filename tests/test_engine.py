@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -192,3 +193,50 @@ def test_fine_tuning_at_another_size_and_class_count(undisturbed: Path, digit_fo
     text = "\n".join(lines)
     assert "position embedding" in text
     assert " 330 trained" in text  # 10 classes x (32 + 1)
+
+
+def test_accumulation_changes_no_image_and_only_rounds_the_loss(digit_folder: Path, tmp_path: Path) -> None:
+    for micro in (4, 16):
+        config = tiny_config(
+            digit_folder,
+            tmp_path / f"{micro}",
+            model__drop_path_rate=0.0,
+            data__num_workers=0,
+            schedule__stop_epoch=1,
+            train__micro_batch_size=micro,
+        )
+        train(config)
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "16"), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"train__grad_checkpointing": True}, {"train__channels_last": True}], ids=str)
+def test_what_saves_memory_does_not_change_the_loss(
+    changes: dict[str, object], undisturbed: Path, digit_folder: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(digit_folder, tmp_path / "run", data__num_workers=0, schedule__stop_epoch=1, **changes)
+    assert train(config) == 0
+    expected = losses(undisturbed)
+    assert losses(tmp_path / "run") == pytest.approx({update: expected[update] for update in range(1, 7)}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__mixed_precision": "bf16"},
+        {"train__loss": "bce"},
+        {"model__attention": "softmax"},
+        {"model__attention_options": {"form": "efficient"}},
+        {"optim__layer_decay": 0.75, "optim__name": "adamw"},
+        {"train__freeze": "backbone", "train__ema_decay": None},
+        pytest.param({"train__compile": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_way_to_train_leaves_a_usable_export(changes: dict[str, object], digit_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        digit_folder, tmp_path / "run", data__num_workers=0, schedule__epochs=1, schedule__warmup_epochs=0.5, **changes
+    )
+    assert train(config) == 0
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
+    exported = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
+    assert exported(torch.zeros(1, 3, 16, 16)).isfinite().all()

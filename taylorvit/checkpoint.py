@@ -39,6 +39,7 @@ __all__ = [
     "prune_checkpoints",
     "read_meta",
     "save_checkpoint",
+    "set_newer_aside",
     "sync_folder",
     "unpack_state",
     "verify_checkpoint",
@@ -164,11 +165,19 @@ def find_newest(folder: Path | str) -> Path | None:
             verify_checkpoint(path)
             return path
         except CheckpointError as error:
-            aside = _set_aside(path)
+            aside = _set_aside(path, "damaged")
             warnings.warn(f"damaged checkpoint, renamed to {aside.name}: {error}", stacklevel=2)
     if any(folder.glob("damaged-step-*")):
         raise CheckpointError(f"every checkpoint in {folder} is damaged; remove the folder's damaged-step-* to start from zero")
     return None
+
+
+def set_newer_aside(folder: Path | str, step: int) -> list[Path]:
+    """Rename the checkpoints after `step` to abandoned-step-XXXXXXXX and return the new paths.
+
+    A run that goes back to an earlier step would otherwise be pruned and resumed by the numbers of the future it left.
+    """
+    return [_set_aside(path, "abandoned") for path in list_checkpoints(folder) if _step_of(path) > step]
 
 
 def best_checkpoint(folder: Path | str, metric: str) -> Path | None:
@@ -268,11 +277,11 @@ def _sweep(folder: Path) -> None:
             aside.rename(target)
 
 
-def _set_aside(path: Path) -> Path:
-    aside, count = path.with_name(f"damaged-{path.name}"), 1
+def _set_aside(path: Path, why: str) -> Path:
+    aside, count = path.with_name(f"{why}-{path.name}"), 1
     while aside.exists():
         count += 1
-        aside = path.with_name(f"damaged-{path.name}-{count}")
+        aside = path.with_name(f"{why}-{path.name}-{count}")
     path.rename(aside)
     return aside
 

@@ -15,7 +15,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from taylorvit.checkpoint import find_newest, load_checkpoint, pack_state, prune_checkpoints, save_checkpoint, unpack_state
+from taylorvit.checkpoint import (
+    find_newest,
+    load_checkpoint,
+    pack_state,
+    prune_checkpoints,
+    save_checkpoint,
+    set_newer_aside,
+    unpack_state,
+)
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten
 from taylorvit.distributed import build_accelerator
@@ -311,6 +319,8 @@ def _open_run(session: Session, run: RunFolder, found: Path | None) -> Progress:
                 f"{session.split.world_size}: same images, same order, but sums round differently and drop path draws afresh"
             )
     if accelerator.is_main_process:
+        for path in set_newer_aside(run.checkpoints, progress.update):
+            print(f"note: {path.name} holds updates after the one this run goes back to", flush=True)
         run.open(config_to_dict(config), update=progress.update)
         run.write_environment(accelerator)
         for line in describe(session):

@@ -105,6 +105,22 @@ def test_a_crash_costs_only_the_updates_since_the_last_checkpoint(
     assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
 
 
+def test_going_back_to_an_earlier_step_leaves_the_later_ones_behind(
+    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(digit_folder, tmp_path / "run", schedule__stop_epoch=2, checkpoint__keep_last=2)
+    train(config)
+    steps = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name[-2:] for path in steps] == ["10", "12"]
+    stop_at(monkeypatch, 1)
+    train(replace(config, resume=str(steps[0])))
+    assert last_checkpoint(tmp_path / "run").name == "step-00000011"
+    stop_at(monkeypatch, 0)
+    train(resumed(replace(config, schedule=replace(config.schedule, stop_epoch=None))))
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
+
+
 def test_workers_and_threads_of_the_loader_change_nothing(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(digit_folder, tmp_path / "run", data__num_workers=0, schedule__stop_epoch=1)
     train(config)

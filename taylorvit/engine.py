@@ -312,7 +312,6 @@ def _open_run(session: Session, run: RunFolder, found: Path | None) -> Progress:
             accelerator.scaler,
         )
         progress = Progress(**checkpoint.meta["progress"])
-        session.scheduler.step_update(progress.update)
         if checkpoint.meta["world_size"] != session.split.world_size:
             accelerator.print(
                 f"note: the checkpoint was written by {checkpoint.meta['world_size']} process(es), this run has "

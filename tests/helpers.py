@@ -111,6 +111,12 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["update"]: record["loss"] for record in RunFolder(run_dir).read_metrics() if record["kind"] == "train"}
 
 
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """Return all of metrics.jsonl but what depends on the machine's speed."""
+    timed = {"images_per_second", "data_wait_share", "peak_memory_bytes", "mfu", "seconds"}
+    return [{key: record[key] for key in record.keys() - timed} for record in RunFolder(run_dir).read_metrics()]
+
+
 def assert_same_state(first: Path, second: Path) -> None:
     """Compare two checkpoints bit for bit: weights, averaged weights, every optimizer tensor, counters and loss sums."""
     left, right = load_checkpoint(first), load_checkpoint(second)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import assert_same_state, losses, tiny_config
+from helpers import assert_same_state, history, losses, tiny_config
 
 from taylorvit import engine
 from taylorvit.checkpoint import list_checkpoints, read_meta
@@ -78,7 +78,7 @@ def test_a_stopped_run_continues_bit_for_bit(
         assert (status["state"], status["update"]) == ("preempted", sum(stops[: number + 1]))
     stop_at(monkeypatch, 0)
     assert train(resumed(config)) == 0
-    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert history(tmp_path / "run") == history(undisturbed)
     assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
 
 
@@ -101,7 +101,7 @@ def test_a_crash_costs_only_the_updates_since_the_last_checkpoint(
     assert read_meta(last_checkpoint(tmp_path / "run"))["progress"]["update"] == 8
     monkeypatch.setattr(engine, "run_update", original)
     assert train(resumed(config)) == 0
-    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert history(tmp_path / "run") == history(undisturbed)
     assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
 
 
@@ -117,7 +117,7 @@ def test_going_back_to_an_earlier_step_leaves_the_later_ones_behind(
     assert last_checkpoint(tmp_path / "run").name == "step-00000011"
     stop_at(monkeypatch, 0)
     train(resumed(replace(config, schedule=replace(config.schedule, stop_epoch=None))))
-    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert history(tmp_path / "run") == history(undisturbed)
     assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
 
 

@@ -28,7 +28,7 @@ quickstart: $(RUNTIME)
 	@echo
 	@echo "run folder   $(RUN_DIR)"
 	@echo "TensorBoard  $(BIN)/tensorboard --logdir $(RUN_DIR)/tensorboard"
-	@$(BIN)/python eval.py $(RUN_DIR)
+	@$(BIN)/python eval.py $(RUN_DIR) --worst 0
 
 test: $(DEV)
 	$(BIN)/python -m pytest

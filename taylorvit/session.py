@@ -190,9 +190,10 @@ def _describe_data(session: Session) -> list[str]:
 def _describe_training(session: Session) -> list[str]:
     config, optim, schedule = session.config, session.config.optim, session.config.schedule
     rate = scaled_learning_rate(optim, session.split.global_batch_size)
+    rule = f"{optim.lr_scaling} rule from {optim.lr:g} at batch {optim.lr_base_batch_size}"
     return [
-        f"optimizer  {optim.name}, learning rate {rate:g} ({optim.lr_scaling} rule: {optim.lr:g} at batch "
-        f"{optim.lr_base_batch_size}), gradient norm clipped at {optim.max_grad_norm}",
+        f"optimizer  {optim.name}, learning rate {rate:g} ({'as given' if optim.lr_scaling == 'none' else rule}), "
+        f"weight decay {optim.weight_decay:g}, gradient norm clipped at {optim.max_grad_norm}",
         f"schedule   {schedule.name} to {schedule.min_lr:g}, {schedule.warmup_epochs:g} warm-up epoch(s) "
         f"from {schedule.warmup_lr:g}, stepped every update",
         f"device     {session.accelerator.device}, precision {config.train.mixed_precision}, "

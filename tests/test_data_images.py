@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 import tarfile
+import traceback
 import types
 import warnings
 from pathlib import Path
@@ -149,6 +150,7 @@ def test_a_broken_image_met_by_a_worker_is_named_in_the_last_line(tmp_path):
         list(loader)
     assert "cannot read image" in str(caught.value).strip().splitlines()[-1]
     assert "cat/1.png" in str(caught.value).strip().splitlines()[-1]
+    traceback.clear_frames(caught.tb)  # else the loader's workers stay until the garbage collector comes by
 
 
 def test_images_of_every_mode_become_rgb_and_grey():

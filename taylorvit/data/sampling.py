@@ -12,12 +12,14 @@ import atexit
 import signal
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from taylorvit.config import AugmentConfig, DataConfig
 from taylorvit.data.augment import build_eval_transform, build_train_transform
@@ -125,16 +127,18 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
-        if self.num_workers > 0:
-            atexit.register(_end_workers, weakref.ref(iterator))
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            atexit.register(_end_workers, weakref.ref(iterator), iterator._workers)
         return iterator
 
 
-def _end_workers(reference: weakref.ref) -> None:
+def _end_workers(reference: weakref.ref, workers: list[BaseProcess]) -> None:
+    """Ask the workers of an iterator to leave, and kill those left over, as by one that was garbage in a reference cycle."""
     iterator = reference()
     if iterator is not None:
         iterator._shutdown_workers()
-        for worker in iterator._workers:
+    for worker in workers:
+        if worker.is_alive():
             worker.kill()
 
 

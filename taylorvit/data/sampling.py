@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import signal
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -132,7 +132,7 @@ class Loader(DataLoader):
         return iterator
 
 
-def _end_workers(reference: weakref.ref, workers: list[BaseProcess]) -> None:
+def _end_workers(reference: weakref.ref, workers: Sequence[BaseProcess]) -> None:
     """Ask the workers of an iterator to leave, and kill those left over, as by one that was garbage in a reference cycle."""
     iterator = reference()
     if iterator is not None:

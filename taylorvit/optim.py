@@ -30,16 +30,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size:
     that switched off: `max_grad_norm` is applied once, by the training loop.
 
     Raises:
-        ValueError: an unknown optimizer, or a keyword it does not take.
+        ValueError: an optimizer that is unknown or cannot be built here, or a keyword it does not take.
     """
-    if config.name.lower() not in (names := timm.optim.list_optimizers()):
-        raise ValueError(f"optim.name: {config.name!r} is not one of timm's optimizers{nearest(config.name.lower(), names)}")
-    given = {"eps": config.eps, "betas": config.betas}
-    keywords: dict[str, Any] = {key: value for key, value in given.items() if value is not None} | config.kwargs
-    accepted = inspect.signature(timm.optim.get_optimizer_class(config.name.lower(), bind_defaults=False)).parameters
-    for key in keywords:
-        if key not in accepted:
-            raise ValueError(f"optim.{key}: {config.name} takes no such setting; it takes {', '.join(accepted)}")
+    accepted = _accepted_keywords(config.name)
+    keywords = _keywords(config, accepted)
     if "max_grad_norm" in accepted:
         keywords["max_grad_norm"] = None
     return timm.optim.create_optimizer_v2(
@@ -54,13 +48,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size:
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, *, updates_per_epoch: int) -> Scheduler:
     """Build the schedule; `step_update(n)` sets the learning rate of update n, whatever came before."""
-    constant = config.name == "constant"
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched="step" if constant else config.name,
+        sched=config.name,
         num_epochs=config.epochs,
-        decay_epochs=config.epochs + 1,  # a step schedule that never steps is constant
-        decay_rate=1.0,
+        decay_rate=1.0,  # the power of `poly`: a straight line
         warmup_epochs=config.warmup_epochs,
         warmup_lr=config.warmup_lr,
         min_lr=config.min_lr,
@@ -79,6 +71,40 @@ def freeze_backbone(model: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in head)
 
 
+def _accepted_keywords(name: str) -> list[str]:
+    """Return the keywords of a timm optimizer's constructor, without the parameters that come first."""
+    if name.lower() not in (names := timm.optim.list_optimizers()):
+        raise ValueError(f"optim.name: {name!r} is not one of timm's optimizers{nearest(name.lower(), names)}")
+    if timm.optim.get_optimizer_info(name.lower()).second_order:
+        raise ValueError(f"optim.name: {name!r} needs second derivatives, which the training loop does not compute")
+    try:
+        optimizer = timm.optim.get_optimizer_class(name.lower(), bind_defaults=False)
+    except (AssertionError, ImportError) as error:  # of NVIDIA apex and bitsandbytes
+        raise ValueError(f"optim.name: {name!r} cannot be built here: {error}") from error
+    return list(inspect.signature(optimizer).parameters)[1:]
+
+
+def _keywords(config: OptimConfig, accepted: list[str]) -> dict[str, Any]:
+    """Return eps, betas and `kwargs`, as far as they are set, refusing what the optimizer does not take."""
+    free = [key for key in accepted if key not in ("lr", "weight_decay", "momentum", "max_grad_norm")]
+    given = {"eps": config.eps, "betas": config.betas} | {f"kwargs.{key}": value for key, value in config.kwargs.items()}
+    keywords: dict[str, Any] = {}
+    for key, value in given.items():
+        name = key.removeprefix("kwargs.")
+        if value is None and name == key:
+            continue
+        if name not in free:
+            own = f"; set optim.{name}" if name in accepted else nearest(name, free)
+            raise ValueError(f"optim.{key}: {config.name} takes no such setting{own}; it takes {', '.join(free)}")
+        if name in keywords:
+            raise ValueError(f"optim.{key}: optim.{name} is set too; set one of them")
+        keywords[name] = value
+    num_betas = timm.optim.get_optimizer_info(config.name.lower()).num_betas
+    if config.betas is not None and num_betas != len(config.betas):
+        raise ValueError(f"optim.betas: {config.name} takes {num_betas} rates; give them as optim.kwargs.betas")
+    return keywords
+
+
 def _parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     if config.layer_decay is None:
@@ -87,16 +113,15 @@ def _parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, A
         groups = param_groups_layer_decay(
             model, config.weight_decay, no_weight_decay_list=spared, layer_decay=config.layer_decay
         )
-    return _with_decayed_temperatures(model, groups) if config.decay_temperature else groups
+    return _with_decayed_temperatures(model, groups, config.weight_decay) if config.decay_temperature else groups
 
 
-def _with_decayed_temperatures(model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Move the temperatures into the decayed group of their layer, as the authors' code decays them."""
+def _with_decayed_temperatures(model: nn.Module, groups: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
+    """Split the temperatures off into groups that are decayed, as the authors' code decays them."""
     temperatures = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("temperature")}
-    for spared in [group for group in groups if group["weight_decay"] == 0.0]:
-        decayed = next(
-            group for group in groups if group["weight_decay"] != 0.0 and group.get("lr_scale") == spared.get("lr_scale")
-        )
-        decayed["params"] += [parameter for parameter in spared["params"] if id(parameter) in temperatures]
-        spared["params"] = [parameter for parameter in spared["params"] if id(parameter) not in temperatures]
-    return [group for group in groups if group["params"]]
+    split: list[dict[str, Any]] = []
+    for group in groups:
+        others = [parameter for parameter in group["params"] if id(parameter) not in temperatures]
+        moved = [parameter for parameter in group["params"] if id(parameter) in temperatures]
+        split += [group | {"params": others}, group | {"params": moved, "weight_decay": weight_decay}]
+    return [group for group in split if group["params"]]

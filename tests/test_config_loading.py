@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Iterator
@@ -99,7 +100,9 @@ def test_options_of_the_caller_come_back_beside_the_config(tmp_path: Path) -> No
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_shipped_configs_load_and_survive_a_round_trip(file: Path) -> None:
     config = load(str(file))
-    assert config_from_dict(yaml.safe_load(yaml.safe_dump(config_to_dict(config)))) == config
+    values = config_to_dict(config)
+    assert json.loads(json.dumps(values)) == values
+    assert config_from_dict(yaml.safe_load(yaml.safe_dump(values))) == config
 
 
 def test_resolved_config_reads_back_as_a_file(tmp_path: Path) -> None:

@@ -18,10 +18,8 @@ def run_program(main: Callable[[], int]) -> None:
     where = "" if rank == "0" else f" (process {rank})"
     try:
         code = main()
-    except (ValueError, OSError) as error:
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except FloatingPointError as error:
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-        code = NON_FINITE_EXIT_CODE
+    except (ValueError, OSError, FloatingPointError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        code = NON_FINITE_EXIT_CODE if isinstance(error, FloatingPointError) else 2
     sys.exit(code)

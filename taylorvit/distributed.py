@@ -33,7 +33,7 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
 
     Raises:
         ValueError: the launcher started more processes than accelerate sees, a device or precision is not to be had here, or
-            the launcher's own configuration asks for compilation or accumulation, which are settings of the run.
+            the launcher's own configuration asks for compilation or accumulation, which are settings of the run, or sharding.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: 'cuda' was asked for, but torch sees no GPU; use device: auto or cpu")
@@ -49,11 +49,16 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    check_launch(accelerator.num_processes, accelerator.gradient_accumulation_steps, str(accelerator.state.dynamo_plugin.backend))
+    check_launch(
+        accelerator.num_processes,
+        accelerator.gradient_accumulation_steps,
+        str(accelerator.state.dynamo_plugin.backend),
+        accelerator.distributed_type.value,
+    )
     return accelerator
 
 
-def check_launch(num_processes: int, gradient_accumulation_steps: int, dynamo_backend: str) -> None:
+def check_launch(num_processes: int, gradient_accumulation_steps: int, dynamo_backend: str, distributed_type: str) -> None:
     """Raise a ValueError where the launcher's request and what accelerate started differ."""
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if expected > num_processes:
@@ -68,6 +73,8 @@ def check_launch(num_processes: int, gradient_accumulation_steps: int, dynamo_ba
         )
     if not dynamo_backend.endswith("NO"):
         raise ValueError(f"the launcher sets dynamo_backend to {dynamo_backend}; set train.compile instead")
+    if distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(f"the launcher sets distributed_type to {distributed_type}; every process holds the whole model here")
 
 
 def split_batch(global_batch_size: int, micro_batch_size: int | None, *, rank: int, world_size: int) -> BatchSplit:

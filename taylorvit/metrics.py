@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -50,7 +51,7 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     column = 1 if mixed_precision == "no" else 0
-    known = sorted((key for key in PEAK_TFLOPS if key in name), key=len)
+    known = sorted((key for key in PEAK_TFLOPS if re.search(rf"\b{key}\b", name)), key=len)  # an L40 is not an L4
     return PEAK_TFLOPS[known[-1]][column] * 1e12 if known else None
 
 

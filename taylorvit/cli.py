@@ -19,7 +19,14 @@ def run_program(main: Callable[[], int]) -> None:
     try:
         code = main()
     except (ValueError, OSError, FloatingPointError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         code = NON_FINITE_EXIT_CODE if isinstance(error, FloatingPointError) else 2
     sys.exit(code)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line; of an error that a loader worker passed on, only what the worker said."""
+    text = str(error)
+    if " worker process " in text and "Traceback" in text:  # PyTorch puts the worker's whole traceback into the message
+        text = text.rstrip().splitlines()[-1].partition(": ")[2]
+    return " ".join(text.split()) or type(error).__name__

@@ -7,11 +7,10 @@ wrong value stops a run before anything is loaded.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ import jsonargparse
 import yaml
 
 from taylorvit.config import Config
+from taylorvit.suggest import nearest
 
 
 def build_parser(**parser_options: Any) -> jsonargparse.ArgumentParser:
@@ -63,12 +63,6 @@ def config_from_dict(values: dict[str, Any]) -> Config:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Return a config or section as plain JSON types (tuples become lists)."""
     return _plain(asdict(config))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the known word nearest to `word`, or nothing where none is near."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

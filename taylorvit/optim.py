@@ -14,7 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from taylorvit.config import OptimConfig, ScheduleConfig
-from taylorvit.config_loading import nearest
+from taylorvit.suggest import nearest
 
 
 def scaled_learning_rate(config: OptimConfig, global_batch_size: int) -> float:

@@ -8,7 +8,6 @@ model.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import zipfile
@@ -27,6 +26,7 @@ from taylorvit.adaptation import load_into
 from taylorvit.checkpoint import best_checkpoint, find_newest_valid, load_checkpoint, read_meta
 from taylorvit.config import ModelConfig
 from taylorvit.original import infer_model_config, is_original
+from taylorvit.suggest import nearest
 from taylorvit.training_state import clean_name
 
 __all__ = ["MAX_BYTES", "Source", "load_into", "load_weights"]
@@ -169,8 +169,7 @@ def _load_export(path: Path) -> tuple[dict[str, Tensor], Source]:
 def _load_timm(name: str, weights: str) -> tuple[dict[str, Tensor], Source]:
     _no_ema(f"timm:{name}", weights)
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3)
-        raise ValueError(f"timm:{name}: timm has no such model{'; close: ' + ', '.join(close) if close else ''}")
+        raise ValueError(f"timm:{name}: timm has no such model{nearest(name, timm.list_models(pretrained=True))}")
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client and its transport raise errors of many families

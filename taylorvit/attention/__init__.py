@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from taylorvit.attention import softmax, taylorshift
 from taylorvit.attention.softmax import Softmax
 from taylorvit.attention.taylorshift import TaylorShift
+from taylorvit.suggest import nearest
 
 __all__ = ["ATTENTIONS", "Softmax", "TaylorShift", "bind_options", "check_attention_options", "get_attention"]
 
@@ -27,7 +27,7 @@ def get_attention(name: str) -> type[nn.Module]:
         ValueError: there is none.
     """
     if name not in ATTENTIONS:
-        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {name!r}{_nearest(name, ATTENTIONS)}")
+        raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {name!r}{nearest(name, ATTENTIONS)}")
     return ATTENTIONS[name]
 
 
@@ -38,7 +38,7 @@ def check_attention_options(name: str, options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in known:
             allowed = ", ".join(known) or "none"
-            raise ValueError(f"attention {name!r} has no option {key!r}{_nearest(key, known)} (options: {allowed})")
+            raise ValueError(f"attention {name!r} has no option {key!r}{nearest(key, known)} (options: {allowed})")
     OPTION_CHECKS[name](**options)
 
 
@@ -60,8 +60,3 @@ def bind_options(name: str, options: Mapping[str, Any]) -> type[nn.Module]:
         return attention(*args, **kwargs, **options)
 
     return type(attention.__name__, (attention,), {"__new__": build})
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""

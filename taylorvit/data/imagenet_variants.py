@@ -10,7 +10,6 @@ Synsets, class numbers and the ReaL labels come with timm.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taylorvit.data.images import ImageDataset
+from taylorvit.suggest import nearest
 
 VARIANTS = ["imagenet-real", "imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-sketch"]
 
@@ -94,9 +94,7 @@ def get_variant(name: str, dataset: ImageDataset) -> Variant:
         ValueError: an unknown name, or class folders or file names that do not belong to that variant.
     """
     if name not in VARIANTS:
-        close = difflib.get_close_matches(name, VARIANTS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown ImageNet variant {name!r}{hint} (known: {', '.join(VARIANTS)})")
+        raise ValueError(f"unknown ImageNet variant {name!r}{nearest(name, VARIANTS)} (known: {', '.join(VARIANTS)})")
     synsets = _lines("imagenet_synsets.txt")
     judged = synsets
     if name in ("imagenet-a", "imagenet-r"):

@@ -7,10 +7,9 @@ ends the run and names the file. Nothing is ever downloaded.
 
 from __future__ import annotations
 
-import difflib
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset
 from taylorvit.config import DataConfig
 from taylorvit.data.samples import FashionMnist, prepare_digits
 from taylorvit.data.webdataset import IMAGE_SUFFIXES, build_shard_source, build_tar_source
+from taylorvit.suggest import nearest
 
 DATASETS = ["folder", "tar", "wds", "fashion_mnist", "digits", "torch/NAME", "hfds/NAME"]
 TORCH_DATASETS = ["cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "inaturalist", "imagenet"]
@@ -205,11 +205,13 @@ class TorchvisionSource:
 
 def _check_torchvision(name: str, split: str) -> None:
     if name not in TORCH_DATASETS:
-        raise ValueError(f"data.dataset: unknown torchvision set {name!r}{_nearest(name, TORCH_DATASETS)}")
+        raise ValueError(
+            f"data.dataset: unknown torchvision set {name!r}{nearest(name, TORCH_DATASETS)} (known: {', '.join(TORCH_DATASETS)})"
+        )
     # For the small sets timm takes every word but "train" and "training" as the test split.
     known = ["train", "training", *TORCH_EVAL_SPLITS]
     if name not in ("places365", "inaturalist", "imagenet") and split not in known:
-        raise ValueError(f"torch/{name} has no split {split!r}{_nearest(split, known)}")
+        raise ValueError(f"torch/{name} has no split {split!r}{nearest(split, known)} (known: {', '.join(known)})")
 
 
 def build_dataset(config: DataConfig, split: str, *, in_chans: int) -> ImageDataset:
@@ -235,7 +237,9 @@ def _build_source(dataset: str, root: str, split: str) -> Source:
         message = "can only be streamed, so its order and augmentation cannot be keyed by sample and resumed exactly"
         raise ValueError(f"data.dataset {dataset!r} {message}; use {', '.join(DATASETS)}")
     if not dataset.startswith("torch/") and dataset not in DATASETS:
-        raise ValueError(f"data.dataset: unknown data set {dataset!r}{_nearest(dataset, DATASETS)}")
+        raise ValueError(
+            f"data.dataset: unknown data set {dataset!r}{nearest(dataset, DATASETS)} (known: {', '.join(DATASETS)})"
+        )
     if not Path(root).is_dir():
         raise ValueError(f"data.root {root!r} is not a folder")
     if dataset.startswith("torch/"):
@@ -256,11 +260,6 @@ def _split_folder(root: Path, split: str) -> Path:
         present = sorted(path.name for path in root.iterdir() if path.is_dir())[:5]
         raise ValueError(f"data.root {str(root)!r} has no folder {split!r}; it holds {', '.join(present) or 'no folders'}")
     return folder
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"
 
 
 def check_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import nn
 from taylorvit.attention import Softmax, TaylorShift, check_attention_options
 from taylorvit.models.taylor_vit import TaylorViT, default_cfgs
 from taylorvit.ops import resolve_form
+from taylorvit.suggest import nearest
 
 if TYPE_CHECKING:
     from taylorvit.config import ModelConfig
@@ -42,9 +42,8 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
             config.name, attention=config.attention, attention_options=config.attention_options, **keywords
         )
     if not timm.is_model(config.name):
-        close = difflib.get_close_matches(config.name, [*MODEL_NAMES, *timm.list_models()], n=3)
-        hint = f"; close: {', '.join(close)}" if close else ""
-        raise ValueError(f"no model {config.name!r} (ours: {', '.join(MODEL_NAMES)}; others: timm's{hint})")
+        hint = nearest(config.name, [*MODEL_NAMES, *timm.list_models()])
+        raise ValueError(f"no model {config.name!r}{hint} (ours: {', '.join(MODEL_NAMES)}; others: timm's)")
     if config.attention != "softmax":
         raise ValueError(
             f"model {config.name!r} is timm's and has its own attention: set attention to 'softmax' "
@@ -89,8 +88,7 @@ def _extra_keywords(config: ModelConfig) -> dict[str, Any]:
         if key in own:
             raise ValueError(f"model.kwargs must not hold {key!r}: set model.{key}")
         if config.name in MODEL_NAMES and key not in known:
-            close = difflib.get_close_matches(key, [*known, *own], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = nearest(key, [*known, *own])
             raise ValueError(f"model.kwargs has unknown keyword {key!r}{hint} (known: {', '.join(sorted(known))})")
     extra = dict(config.kwargs)
     if extra.get("init_values", 0) is None:

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense peak of the matrix units without sparsity, TFLOP/s, from the vendors' data sheets: (bf16/fp16, TF32 or fp32).
+# Peak in TFLOP/s from the vendor's data sheets: (bf16/fp16 on the matrix units, dense; plain fp32). The second is not TF32's:
+# PyTorch multiplies fp32 matrices in fp32 unless it is told otherwise, and nothing here tells it.
 PEAK_TFLOPS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
-    "A10G": (70.0, 35.0),
-    "A100": (312.0, 156.0),
-    "L40S": (362.0, 183.0),
-    "L4": (121.0, 60.0),
-    "H100 PCIe": (756.0, 378.0),
-    "H100": (989.0, 494.0),
-    "H200": (989.0, 494.0),
-    "B200": (2250.0, 1100.0),
+    "A10G": (70.0, 31.2),
+    "A100": (312.0, 19.5),
+    "L40S": (362.0, 91.6),
+    "L4": (121.0, 30.3),
+    "H100 PCIe": (756.0, 51.0),
+    "H100": (989.0, 67.0),
+    "H200": (989.0, 67.0),
+    "B200": (2250.0, 80.0),
 }
 
 

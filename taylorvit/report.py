@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from taylorvit.evaluation import Judgement
@@ -48,6 +49,7 @@ def result_row(judgement: Judgement) -> dict[str, Any]:
         "img_size": config.model.img_size,
         "crop_pct": config.data.crop_pct,
         "precision": config.train.mixed_precision,
+        "compile": config.train.compile,
         "images": evaluation.samples,
         "top1": evaluation.top1,
         "top5": evaluation.top5,
@@ -55,6 +57,9 @@ def result_row(judgement: Judgement) -> dict[str, Any]:
         "logged_top1": logged,
         "notes": judgement.notes,
         "seconds": round(judgement.seconds, 2),
+        "device": judgement.device,
+        "world_size": judgement.world_size,
+        "torch": torch.__version__,
     }
 
 

@@ -29,7 +29,7 @@ from taylorvit.original import infer_model_config, is_original
 from taylorvit.suggest import nearest
 from taylorvit.training_state import clean_name
 
-__all__ = ["MAX_BYTES", "Source", "load_into", "load_weights"]
+__all__ = ["MAX_BYTES", "Source", "Step", "load_into", "load_weights", "parse_step"]
 
 MAX_BYTES = 4 * 2**30
 RAW_KEYS = ("model_state", "state_dict", "model")  # where training scripts put the weights in their files
@@ -72,38 +72,58 @@ def load_weights(
     Args:
         path: a run folder, a step folder, an export folder, a .safetensors file, a file written by `torch.save` (that of the
             paper authors' code included), or `timm:NAME` for timm's pretrained weights.
-        weights: "raw", or "ema" for the averaged weights of a step or a file that has them.
+        weights: "raw", "ema" for the averaged weights of a step or a file that has them, or "best" for those by which a run
+            ranks its checkpoints (`checkpoint.metric`); elsewhere "best" is "raw". `Source.weights` says which were read.
         step: which checkpoint of a run folder: the best by the run's own metric, the newest, or a number of updates.
         max_bytes: a foreign file that unpacks to more is refused.
 
     Raises:
-        ValueError: one line that names the path: nothing there, not weights, damaged, unsafe, too large, no averaged weights.
+        ValueError: one line that names the path: nothing there, not weights, damaged, unsafe, too large, no averaged weights,
+            a step asked of what is no run folder.
     """
-    if weights not in ("raw", "ema"):
-        raise ValueError(f"weights={weights!r} is not allowed: 'raw' or 'ema'")
+    if weights not in ("raw", "ema", "best"):
+        raise ValueError(f"weights={weights!r} is not allowed: 'raw', 'ema' or 'best'")
+    if Path(path).is_dir():
+        return _load_folder(Path(path), weights, step)
+    weights = "raw" if weights == "best" else weights
     if str(path).startswith("timm:"):
+        _no_step(path, step)
         return _load_timm(str(path).removeprefix("timm:"), weights)
     path = Path(path)
-    if path.is_dir():
-        return _load_folder(path, weights, step)
     if not path.exists():
         raise ValueError(f"{path}: there is nothing there{' (a broken link)' if path.is_symlink() else ''}")
     if not path.is_file():
         raise ValueError(f"{path}: it is neither a file nor a folder")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
+    _no_step(path, step)
     if path.suffix == ".safetensors":
         _no_ema(path, weights)
         return _read_safetensors(path), Source(str(path), "safetensors", weights)
     return _load_pickled(path, weights, max_bytes)
 
 
+def parse_step(text: str) -> Step:
+    """Return a step as `load_weights` takes it from a word of the command line.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if text == "best" or text == "newest":
+        return text
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"--step {text}: expected best, newest or a number of updates")
+    return int(text)
+
+
 def _load_folder(path: Path, weights: str, step: Step) -> tuple[dict[str, Tensor], Source]:
     if (path / "manifest.json").exists() or (path / "meta.json").exists() or re.fullmatch(r"step-\d+", path.name):
+        _no_step(path, step)
         return _load_step(path, weights)
     if (path / "checkpoints").is_dir():
         return _load_step(_choose_step(path / "checkpoints", step), weights)
     if (path / "config.json").exists():
+        _no_step(path, step)
         _no_ema(path, weights)
         return _load_export(path)
     raise ValueError(f"{path}: it is no run folder (checkpoints/), step folder (manifest.json) or export folder (config.json)")
@@ -117,7 +137,7 @@ def _choose_step(folder: Path, step: Step) -> Path:
     if step == "newest":
         return newest
     if step == "best":
-        metric = read_meta(newest).get("config", {}).get("checkpoint", {}).get("metric", "top1")
+        metric = _metric(read_meta(newest))
         best = best_checkpoint(folder, metric)
         if best is None:
             raise ValueError(
@@ -130,13 +150,20 @@ def _choose_step(folder: Path, step: Step) -> Path:
     return chosen
 
 
+def _metric(meta: Mapping[str, Any]) -> str:
+    """Return what the run ranks its checkpoints by."""
+    return (meta.get("config") or {}).get("checkpoint", {}).get("metric", "top1")
+
+
 def _load_step(path: Path, weights: str) -> tuple[dict[str, Tensor], Source]:
     checkpoint = load_checkpoint(path)
+    config = checkpoint.meta.get("config") or {}
+    if weights == "best":
+        weights = "ema" if _metric(checkpoint.meta) == "ema_top1" else "raw"
     prefix = "model." if weights == "raw" else "ema."
     state = {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}
     if not state:
         raise ValueError(f"{path}: it holds no {'weights' if weights == 'raw' else 'averaged (EMA) weights'}")
-    config = checkpoint.meta.get("config") or {}
     data = {key: config["data"][key] for key in ("mean", "std", "crop_pct", "interpolation")} if "data" in config else None
     return state, Source(
         path=str(path),
@@ -281,6 +308,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _no_ema(path: Path | str, weights: str) -> None:
     if weights == "ema":
         raise ValueError(f"{path}: it holds no averaged (EMA) weights; ask for the raw ones")
+
+
+def _no_step(path: Path | str, step: Step) -> None:
+    if step != "best":
+        raise ValueError(f"{path}: step {step} can be chosen of a run folder only, and this is none")
 
 
 def _first_line(error: BaseException) -> str:

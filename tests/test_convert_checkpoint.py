@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import ROOT
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from taylorvit.checkpoint import pack_state, save_checkpoint
+from taylorvit.cli import run_program
 from taylorvit.config import Config, DataConfig, ModelConfig
 from taylorvit.models import build_model
 from taylorvit.weights import load_into, load_weights
@@ -107,7 +111,9 @@ def test_files_that_are_something_else(tmp_path: Path, capsys: pytest.CaptureFix
     torch.save(content, path)
     with pytest.raises(ValueError, match=message):
         convert_checkpoint.convert(path, tmp_path / "export")
-    assert convert_checkpoint.main([str(path), str(tmp_path / "export")]) == 4
+    with pytest.raises(SystemExit) as leaving:
+        run_program(lambda: convert_checkpoint.main([str(path), str(tmp_path / "export")]))
+    assert leaving.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -135,7 +141,15 @@ def test_a_step_of_a_run_is_exported(tmp_path: Path, weights: str, capsys: pytes
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(exported(images), (model if weights == "raw" else average)(images))
     assert exported.pretrained_cfg["crop_pct"] == 0.9
-    assert export_checkpoint.main([*arguments, "--step", "6"]) == 4
-    assert "there is no step 6" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="there is no step 6"):
+        export_checkpoint.main([*arguments, "--step", "6"])
+    with pytest.raises(ValueError, match="--step latest: expected best, newest or a number"):
         export_checkpoint.main([*arguments, "--step", "latest"])
+
+
+@pytest.mark.parametrize("program", ["convert_checkpoint.py", "export_checkpoint.py"])
+def test_a_wrong_path_is_one_line_and_code_2(tmp_path: Path, program: str) -> None:
+    arguments = [sys.executable, str(ROOT / "tools" / program), str(tmp_path / "nothing"), str(tmp_path / "export")]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'nothing'}: there is nothing there\n"

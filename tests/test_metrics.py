@@ -108,6 +108,14 @@ def test_peaks_of_known_devices(monkeypatch: pytest.MonkeyPatch, name: str, key:
     assert peak_flops(GPU, "no") == (PEAK_TFLOPS[key][1] * 1e12 if key else None)
 
 
+def test_the_peak_without_mixed_precision_is_plain_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32 is off, and would be 8 times as much."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    assert peak_flops(GPU, "no") == 19.5e12
+    assert all(single < half for half, single in PEAK_TFLOPS.values())
+
+
 def test_a_cpu_has_no_peak_but_uses_memory() -> None:
     assert peak_flops(CPU, "bf16") is None
     before = peak_memory_bytes(CPU)

@@ -25,7 +25,7 @@ import taylorvit
 from taylorvit.checkpoint import pack_state, save_checkpoint
 from taylorvit.config import Config, ModelConfig
 from taylorvit.models import build_model
-from taylorvit.weights import load_into, load_weights
+from taylorvit.weights import load_into, load_weights, parse_step
 
 SMALL: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": 5}
 
@@ -98,6 +98,46 @@ def test_averaged_weights(tmp_path: Path) -> None:
             load_weights(place, weights="ema")
     with pytest.raises(ValueError, match="weights='mean'"):
         load_weights(path, weights="mean")
+
+
+@pytest.mark.parametrize(("metric", "wanted"), [("top1", "raw"), ("ema_top1", "ema")])
+def test_best_weights_are_those_that_the_run_ranks(tmp_path: Path, metric: str, wanted: str) -> None:
+    config = asdict(Config(model=ModelConfig(**SMALL))) | {"checkpoint": {"metric": metric}}
+    for step, raw, averaged in ((1, 90.0, 20.0), (2, 10.0, 80.0)):
+        metrics = {"top1": raw, "ema_top1": averaged}
+        save_step(tmp_path / "checkpoints", step, noisy(small()), ema=True, config=config, metrics=metrics)
+    state, source = load_weights(tmp_path, weights="best")
+    assert (source.step, source.weights) == (1 if metric == "top1" else 2, wanted)
+    expected = load_weights(source.path, weights=wanted)[0]
+    assert all(torch.equal(value, expected[name]) for name, value in state.items())
+    assert load_weights(source.path, weights="best")[1].weights == wanted
+    assert load_weights(tmp_path, step=2, weights="best")[1].weights == wanted
+
+
+def test_best_weights_elsewhere_are_the_raw_ones(tmp_path: Path) -> None:
+    model = noisy(small())
+    save_file(model.state_dict(), tmp_path / "x.safetensors")
+    for path in (tmp_path / "x.safetensors", file_of(tmp_path / "x.pth", model.state_dict())):
+        state, source = load_weights(path, weights="best")
+        assert_equal(state, model)
+        assert source.weights == "raw"
+    save_step(tmp_path / "run" / "checkpoints", 1, small())
+    with pytest.raises(ValueError, match="no checkpoint has been evaluated yet"):
+        load_weights(tmp_path / "run", weights="best")
+
+
+def test_a_step_is_chosen_of_a_run_folder_only(tmp_path: Path) -> None:
+    step = save_step(tmp_path / "checkpoints", 1, small())
+    for path in (step, file_of(tmp_path / "x.pth", small().state_dict()), "timm:resnet18"):
+        with pytest.raises(ValueError, match="step 3 can be chosen of a run folder only, and this is none"):
+            load_weights(path, step=3)
+
+
+def test_steps_of_the_command_line() -> None:
+    assert [parse_step(text) for text in ("best", "newest", "12", "007")] == ["best", "newest", 12, 7]
+    for text in ("-1", "latest", "", "1.5", "²"):
+        with pytest.raises(ValueError, match="expected best, newest or a number of updates"):
+            parse_step(text)
 
 
 # Files
@@ -263,7 +303,7 @@ def test_useless_paths_get_one_line(tmp_path: Path, kind: str, suffix: str) -> N
 
 
 def test_timm_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"timm has no such model; close: .*vit_tiny_patch16_224"):
+    with pytest.raises(ValueError, match=r"timm has no such model; did you mean .*tiny_patch16_224"):
         load_weights("timm:vit_tiny_patch16_244")
     real, asked = timm.create_model, []
 

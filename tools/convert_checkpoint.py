@@ -16,6 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from taylorvit.cli import run_program
 from taylorvit.config import DataConfig, ModelConfig
 from taylorvit.export import export_model
 from taylorvit.models import build_model
@@ -54,18 +55,14 @@ def convert(source: Path | str, folder: Path | str, *, model: str | None = None,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Command line -> export folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="file written by the authors' code")
     parser.add_argument("destination", help="export folder to write")
     parser.add_argument("--model", help="name of the registered model; default: by the width")
     parser.add_argument("--form", choices=("auto", "direct", "efficient"), help="default: by the stored model name, else auto")
     options = parser.parse_args(arguments)
-    try:
-        config = convert(options.source, options.destination, model=options.model, form=options.form)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
+    config = convert(options.source, options.destination, model=options.model, form=options.form)
     for key, value in vars(config).items():
         print(f"{key:18} {value}")
     print(f"written to {options.destination}")
@@ -73,4 +70,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

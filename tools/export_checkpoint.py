@@ -13,10 +13,11 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from taylorvit.cli import run_program
 from taylorvit.config import ModelConfig
 from taylorvit.export import export_model
 from taylorvit.models import build_model
-from taylorvit.weights import Source, Step, load_into, load_weights
+from taylorvit.weights import Source, Step, load_into, load_weights, parse_step
 
 
 def export_checkpoint(path: Path | str, folder: Path | str, *, weights: str = "raw", step: Step = "best") -> Source:
@@ -43,30 +44,19 @@ def export_checkpoint(path: Path | str, folder: Path | str, *, weights: str = "r
     return source
 
 
-def _step(text: str) -> Step:
-    if text in ("best", "newest"):
-        return text  # type: ignore[return-value]
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither best, newest nor a number of updates")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Command line -> export folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="run folder or step folder")
     parser.add_argument("destination", help="export folder to write")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="averaged or raw weights (default: raw)")
-    parser.add_argument("--step", type=_step, default="best", help="best, newest or a number of updates (default: best)")
+    parser.add_argument("--step", default="best", help="best, newest or a number of updates (default: best)")
     options = parser.parse_args(arguments)
-    try:
-        source = export_checkpoint(options.checkpoint, options.destination, weights=options.weights, step=options.step)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 4
+    step = parse_step(options.step)
+    source = export_checkpoint(options.checkpoint, options.destination, weights=options.weights, step=step)
     print(f"exported {source.path} ({source.weights} weights, update {source.step}) to {options.destination}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

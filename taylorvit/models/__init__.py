@@ -27,7 +27,8 @@ MODEL_NAMES: tuple[str, ...] = tuple(default_cfgs)
 def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> nn.Module:
     """Build the configured network with fresh weights, on `device` ("meta" gives shapes without memory).
 
-    Our models take every key of the config. Any other timm model is built as timm defines it, with attention "softmax".
+    Our models take every key of the config. Any other timm model is built as timm defines it, with attention "softmax"; one
+    that takes images of any size, as a convolutional network does, is not told img_size.
     In `config.kwargs`, `init_values: null` switches LayerScale off.
 
     Raises:
@@ -49,6 +50,8 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
             f"model {config.name!r} is timm's and has its own attention: set attention to 'softmax' "
             f"or use one of {', '.join(MODEL_NAMES)}, got attention {config.attention!r}"
         )
+    if not timm.get_pretrained_cfg(config.name, allow_unregistered=False).fixed_input_size:
+        del keywords["img_size"]
     try:
         return timm.create_model(config.name, **keywords)
     except (TypeError, AssertionError) as error:  # how timm's models refuse a keyword or a size
@@ -75,9 +78,10 @@ def attention_forms(model: nn.Module, num_tokens: int | None = None) -> list[str
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """Collect the config's plain sizes and rates; null keeps the registered model's."""
+    """Collect the config's plain sizes and rates; null and a rate of 0 keep the registered model's."""
     names = [field.name for field in fields(config) if field.name not in ("name", "attention", "attention_options", "kwargs")]
-    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in names}
+    return {name: value for name, value in given.items() if value is not None and not (value == 0 and name.endswith("_rate"))}
 
 
 def _extra_keywords(config: ModelConfig) -> dict[str, Any]:

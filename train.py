@@ -1,7 +1,8 @@
 """Train a model: `python train.py --config configs/quickstart.yaml --run_dir runs/first`, or under accelerate or torchrun.
 
-Any key of `taylorvit.config.Config` can be given on the command line; `--print_config` shows the resolved settings, `--dry_run`
-builds everything and says what would happen. Exit codes: 0 done, 2 a setting or a file is wrong, 5 the loss is not finite,
+Any key of `taylorvit.config.Config` can be given on the command line. `--print_config` shows the resolved settings, `--dry_run`
+builds everything and says what would happen, `--debug` adds the traceback to an error. `--config RUN/config.yaml --resume auto`
+continues a run. Exit codes: 0 done or stopped by a STOP file, 2 a setting or a file is wrong, 5 the loss is not finite,
 128 + N stopped by signal N after a checkpoint.
 """
 
@@ -16,10 +17,9 @@ from taylorvit.config_loading import build_parser, load_config
 
 def main() -> int:
     """Command line -> config -> engine."""
-    parser = build_parser(prog="train.py", description=__doc__)
-    parser.add_argument("--dry_run", action="store_true", help="build everything, say what would happen, and leave")
-    config, options = load_config(sys.argv[1:], parser)
-    if options["dry_run"]:
+    arguments = [argument for argument in sys.argv[1:] if argument != "--dry_run"]  # no setting of the run: not in its config
+    config, _ = load_config(arguments, build_parser(prog="train.py", description=__doc__))
+    if len(arguments) < len(sys.argv[1:]):
         engine.dry_run(config)
         return 0
     return engine.train(config)

@@ -12,13 +12,18 @@ NON_FINITE_EXIT_CODE = 5
 def run_program(main: Callable[[], int]) -> None:
     """Call `main` and exit with its code; a ValueError or OSError becomes one `error:` line and code 2.
 
-    Each process of a distributed run says which one it is. Anything else keeps its traceback: it is a fault of ours.
+    Each process of a distributed run says which one it is. Anything else keeps its traceback: it is a fault of ours. With
+    `--debug` on the command line these errors keep theirs too.
     """
+    debug = "--debug" in sys.argv
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (process {rank})"
     try:
         code = main()
     except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
         print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         code = NON_FINITE_EXIT_CODE if isinstance(error, FloatingPointError) else 2
     sys.exit(code)

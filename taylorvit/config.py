@@ -131,7 +131,7 @@ class OptimConfig:
         decay_temperature: also decay the attention temperature, as the authors' code did.
         eps: the optimizer's epsilon; null keeps the optimizer's default.
         betas: moment decay rates; null keeps the optimizer's default.
-        momentum: of the optimizers that have one.
+        momentum: null keeps the optimizer's default.
         layer_decay: factor on the learning rate per layer counted from the head; null is off.
         max_grad_norm: global gradient-norm clip, applied once, before the optimizer; null is off.
         kwargs: any other keyword of the optimizer.
@@ -145,7 +145,7 @@ class OptimConfig:
     decay_temperature: bool = False
     eps: float | None = None
     betas: tuple[float, float] | None = None
-    momentum: float = 0.9
+    momentum: float | None = None
     layer_decay: float | None = None
     max_grad_norm: float | None = 1.0
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -266,6 +266,7 @@ class Config:
         seed: of everything random; samples, mixing and drop path are keyed by it and their position.
         resume: `auto` continues the newest checkpoint in run_dir or starts anew; `never` refuses a folder that holds a
             run; or the path of a step folder.
+        allow_change: keys, such as `optim.lr`, that may differ from the checkpoint's; the continued run is then another one.
         device: `auto` (GPU where there is one), `cpu` or `cuda`.
         timeout_seconds: a collective operation that waits longer ends the run.
         model: the network.
@@ -282,6 +283,7 @@ class Config:
     run_dir: str = "runs/default"
     seed: int = 0
     resume: str = "never"
+    allow_change: list[str] = field(default_factory=list)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_seconds: int = 1800
     model: ModelConfig = field(default_factory=ModelConfig)

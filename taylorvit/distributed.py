@@ -38,6 +38,12 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: 'cuda' was asked for, but torch sees no GPU; use device: auto or cpu")
     cpu = device == "cpu" or not torch.cuda.is_available()
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cpu and local_processes > torch.cuda.device_count():
+        raise ValueError(
+            f"{local_processes} processes were started on a machine with {torch.cuda.device_count()} GPU(s); start one a GPU, "
+            "or use --device cpu"
+        )
     if cpu and mixed_precision == "fp16":
         raise ValueError("train.mixed_precision: 'fp16' needs a GPU; use bf16 or no on a CPU")
     accelerator = Accelerator(
@@ -50,6 +56,7 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
         ],
     )
     check_launch(
+        mixed_precision,
         accelerator.num_processes,
         accelerator.gradient_accumulation_steps,
         str(accelerator.state.dynamo_plugin.backend),
@@ -58,7 +65,9 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
     return accelerator
 
 
-def check_launch(num_processes: int, gradient_accumulation_steps: int, dynamo_backend: str, distributed_type: str) -> None:
+def check_launch(
+    mixed_precision: str, num_processes: int, gradient_accumulation_steps: int, dynamo_backend: str, distributed_type: str
+) -> None:
     """Raise a ValueError where the launcher's request and what accelerate started differ."""
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if expected > num_processes:
@@ -66,6 +75,9 @@ def check_launch(num_processes: int, gradient_accumulation_steps: int, dynamo_ba
             f"WORLD_SIZE is {expected} but accelerate started {num_processes} process: every process would train alone and "
             "overwrite the others; on CPU launch with torchrun or `accelerate launch --multi_gpu` and device: cpu"
         )
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", mixed_precision):
+        raise ValueError(f"the launcher sets mixed_precision to {launched}, but train.mixed_precision is {mixed_precision}")
     if gradient_accumulation_steps != 1:
         raise ValueError(
             f"the launcher sets gradient_accumulation_steps to {gradient_accumulation_steps}; "

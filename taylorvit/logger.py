@@ -96,7 +96,7 @@ class Logger:
 def _shown(name: str, value: float) -> str:
     if name.endswith("_bytes"):
         return f"{value / 2**20:.0f} MiB"
-    return f"{value:.3g}" if abs(value) < 0.01 and value else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _captioned(image: Tensor, target: Tensor, classes: Sequence[str]) -> Tensor:

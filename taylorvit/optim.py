@@ -41,7 +41,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size:
         opt=config.name.lower(),
         lr=scaled_learning_rate(config, global_batch_size),
         weight_decay=config.weight_decay,
-        momentum=config.momentum,
         **keywords,
     )
 
@@ -86,16 +85,17 @@ def _accepted_keywords(name: str) -> list[str]:
 
 def _keywords(config: OptimConfig, accepted: list[str]) -> dict[str, Any]:
     """Return eps, betas and `kwargs`, as far as they are set, refusing what the optimizer does not take."""
-    free = [key for key in accepted if key not in ("lr", "weight_decay", "momentum", "max_grad_norm")]
-    given = {"eps": config.eps, "betas": config.betas} | {f"kwargs.{key}": value for key, value in config.kwargs.items()}
+    free = [key for key in accepted if key not in ("lr", "weight_decay", "max_grad_norm")]
+    own = {"eps": config.eps, "betas": config.betas, "momentum": config.momentum}
+    given = own | {f"kwargs.{key}": value for key, value in config.kwargs.items()}
     keywords: dict[str, Any] = {}
     for key, value in given.items():
         name = key.removeprefix("kwargs.")
         if value is None and name == key:
             continue
-        if name not in free:
-            own = f"; set optim.{name}" if name in accepted else nearest(name, free)
-            raise ValueError(f"optim.{key}: {config.name} takes no such setting{own}; it takes {', '.join(free)}")
+        if name not in free or (name == "momentum" and key != name):
+            hint = f"; set optim.{name}" if name in accepted else nearest(name, free)
+            raise ValueError(f"optim.{key}: {config.name} takes no such setting{hint}; it takes {', '.join(free)}")
         if name in keywords:
             raise ValueError(f"optim.{key}: optim.{name} is set too; set one of them")
         keywords[name] = value

@@ -56,9 +56,8 @@ class RunFolder:
         self.stop_file = self.path / "STOP"
 
     def holds_run(self) -> bool:
-        """Whether a run has been started here."""
-        files = (self.config, self.status, self.metrics)
-        return any(file.exists() for file in files) or any(self.checkpoints.glob("*step-*"))
+        """Whether a run trained here: a start that failed before its first record leaves nothing to lose."""
+        return bool(self.read_metrics()) or any(self.checkpoints.glob("*step-*"))
 
     @contextmanager
     def locked(self, *, active: bool = True) -> Iterator[None]:
@@ -91,10 +90,10 @@ class RunFolder:
             lock.flush()
             yield
 
-    def open(self, config: Mapping[str, Any], *, update: int) -> None:
-        """Start or continue the run after `update` updates: write config.yaml, drop the metrics of later updates."""
+    def open(self, config: Mapping[str, Any], *, update: int, epoch: int) -> None:
+        """Start or continue the run after `update` updates and `epoch` epochs: write config.yaml, drop later metrics."""
         replace_file(self.config, yaml.safe_dump(dict(config), sort_keys=False))
-        self.truncate_metrics(update)
+        self.truncate_metrics(update, epoch)
 
     def write_status(self, state: str, *, update: int, epoch: int, message: str = "") -> None:
         """Say how the run stands: one of STATES, whole updates and epochs done, and the reason of an end."""
@@ -144,9 +143,17 @@ class RunFolder:
         lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
         return [_parse(line, f"{self.metrics}, line {number}") for number, line in enumerate(lines[:-1], start=1) if line]
 
-    def truncate_metrics(self, update: int) -> None:
-        """Drop the records after `update`, which a run resumed there will write again, and a torn last line."""
-        kept = [json.dumps(record) + "\n" for record in self.read_metrics() if record["update"] <= update]
+    def truncate_metrics(self, update: int, epoch: int) -> None:
+        """Drop the records that a run resumed after this update and epoch will write again, and a torn last line.
+
+        An epoch is done when it was evaluated: its evaluation bears the number of its last update, but comes again if the run
+        ended in between.
+        """
+        kept = [
+            json.dumps(record) + "\n"
+            for record in self.read_metrics()
+            if record["update"] <= update and (record.get("kind") != "evaluate" or record["epoch"] <= epoch)
+        ]
         if self.metrics.exists():
             replace_file(self.metrics, "".join(kept))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +26,7 @@ from taylorvit.data import (
     check_classes,
     check_mixing,
     check_num_classes,
+    dataset_fingerprint,
     epoch_updates,
 )
 from taylorvit.distributed import BatchSplit, split_batch
@@ -31,6 +34,7 @@ from taylorvit.metrics import forward_flops, peak_flops
 from taylorvit.models import attention_forms, build_model
 from taylorvit.optim import build_optimizer, build_scheduler, freeze_backbone, scaled_learning_rate
 from taylorvit.randomness import seed_all
+from taylorvit.run_folder import describe_environment
 from taylorvit.weights import load_into, load_weights
 
 
@@ -58,6 +62,16 @@ class Session:
     def total_updates(self) -> int:
         """Updates of the whole schedule."""
         return self.updates_per_epoch * self.config.schedule.epochs
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """Digests of the data sets, by which a continued run knows that its images are the same."""
+        return {"train": dataset_fingerprint(self.train_set), "val": dataset_fingerprint(self.val_set)}
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """Versions, commit and hardware, as they go into checkpoints."""
+        return describe_environment()
 
     @property
     def bare_model(self) -> nn.Module:
@@ -196,8 +210,7 @@ def _describe_training(session: Session) -> list[str]:
         f"weight decay {optim.weight_decay:g}, gradient norm clipped at {optim.max_grad_norm}",
         f"schedule   {schedule.name} to {schedule.min_lr:g}, {schedule.warmup_epochs:g} warm-up epoch(s) "
         f"from {schedule.warmup_lr:g}, stepped every update",
-        f"device     {session.accelerator.device}, precision {config.train.mixed_precision}, "
-        f"{str(session.accelerator.distributed_type).removeprefix('DistributedType.')}",
+        f"device     {session.accelerator.device}, precision {config.train.mixed_precision}",
         f"run        {config.run_dir}, seed {config.seed}, resume {config.resume}",
     ]
 
@@ -215,38 +228,3 @@ def _prepare_model(model: nn.Module, config: TrainConfig, *, finetune: bool) -> 
     if config.grad_checkpointing:
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     return notes
-
-
-def check_same_run(saved: dict[str, object], current: dict[str, object]) -> None:
-    """Raise a ValueError that lists the settings whose change would make a resumed run another run.
-
-    Args:
-        saved: flattened config of the checkpoint.
-        current: flattened config of this start.
-    """
-    changed = [key for key in current if saved.get(key) != current[key] and not key.startswith(FREE_TO_CHANGE)]
-    if changed:
-        shown = "; ".join(f"{key} {saved.get(key)!r} -> {current[key]!r}" for key in changed)
-        raise ValueError(f"resume: these settings differ from the checkpoint's: {shown}; start a new run_dir to change them")
-
-
-# Prefixes of settings that may differ between a run and its continuation without making it another run.
-FREE_TO_CHANGE = (
-    "run_dir",
-    "resume",
-    "device",
-    "timeout_seconds",
-    "evaluate.",
-    "checkpoint.",
-    "log.",
-    "data.root",
-    "data.num_workers",
-    "data.prefetch_factor",
-    "data.pin_memory",
-    "schedule.stop_epoch",
-    "train.micro_batch_size",
-    "train.compile",
-    "train.grad_checkpointing",
-    "train.channels_last",
-    "train.finetune",
-)

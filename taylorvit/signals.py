@@ -20,7 +20,7 @@ class StopRequest:
 
     REPEAT_SECONDS = 3.0
 
-    def __init__(self, stop_file: Path) -> None:
+    def __init__(self, stop_file: Path | None) -> None:
         self.stop_file = stop_file
         self.signal: signal.Signals | None = None
         self._noted_at = 0.0
@@ -46,14 +46,17 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        return self.signal is not None or self.stop_file.exists()
+        return self.signal is not None or self._file_asks()
 
     @property
     def reason(self) -> str:
         """What asked, for messages."""
         if self.signal is not None:
             return self.signal.name
-        return f"file {self.stop_file}" if self.stop_file.exists() else "another process was asked to stop"
+        return f"file {self.stop_file}" if self._file_asks() else "a signal to another process"
+
+    def _file_asks(self) -> bool:
+        return self.stop_file is not None and self.stop_file.exists()
 
     @property
     def exit_code(self) -> int:

@@ -35,7 +35,7 @@ LAYERS: list[set[str]] = [
         "optim",
     }
     | {"original", "run_folder", "signals", "training_state", "weights"},
-    {"evaluation", "report", "session"},
+    {"evaluation", "report", "saving", "session"},
     {"engine"},
 ]
 PROGRAMS = len(LAYERS)

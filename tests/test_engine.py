@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from taylorvit.config import Config
 from taylorvit.engine import NonFiniteError, dry_run, train
 from taylorvit.run_folder import RunFolder
 from taylorvit.signals import StopRequest
+from taylorvit.weights import load_weights
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -172,6 +174,9 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(digit_folder: Path, t
     assert "16 images an update = 1 process(es) x 8 images x 2 accumulation step(s)" in text
     assert "6 an epoch x 3 epochs = 18" in text
     assert "direct x 2" in text
+    assert "28,046 parameters, 28,046 trained, 0.001 GFLOP an image forward" in text
+    assert "learning rate 0.003 (as given)" in text
+    assert "anew" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -197,7 +202,65 @@ def test_bad_settings_are_one_error_and_lose_nothing(
     with pytest.raises(ValueError, match=message) as caught:
         train(tiny_config(digit_folder, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "run").glob("*.json*"))
+    assert not RunFolder(tmp_path / "run").holds_run()  # a corrected start is not refused
+
+
+def test_settings_named_in_allow_change_may_differ(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    changed = tiny_config(digit_folder, tmp_path / "run", optim__lr=1e-3, train__mixed_precision="bf16", resume="auto")
+    with pytest.raises(ValueError, match=r"--allow_change '\[optim.lr, train.mixed_precision\]'"):
+        train(changed)
+    assert train(replace(changed, allow_change=["optim.lr", "train.mixed_precision"])) == 0
+
+
+def test_a_failed_start_does_not_leave_an_old_status(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
+    """A batch system that queues preempted runs again must not do so with one that cannot start."""
+    shutil.copytree(undisturbed, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.write_status("preempted", update=18, epoch=3)
+    with pytest.raises(ValueError, match="/nowhere"):
+        train(tiny_config(digit_folder, tmp_path / "run", data__root="/nowhere", resume="auto"))
+    assert run.read_status()["state"] == "failed"
+    assert "/nowhere" in run.read_status()["message"]
+
+
+def test_other_images_are_noticed_on_resume(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.copytree(digit_folder, tmp_path / "data")
+    image = min((tmp_path / "data" / "train").rglob("*.png"))
+    image.rename(image.with_name("renamed.png"))
+    with pytest.raises(ValueError, match="the train images at .* are not those"):
+        train(tiny_config(tmp_path / "data", tmp_path / "run", resume="auto"))
+
+
+def test_the_best_epoch_is_kept_whenever_it_comes(digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([10.0, 30.0, 20.0])
+    monkeypatch.setattr(engine, "evaluate_epoch", lambda *_: {"top1": next(scores)})
+    config = tiny_config(
+        digit_folder, tmp_path / "run", checkpoint__every_epochs=3, checkpoint__every_updates=None, data__num_workers=0
+    )
+    train(config)
+    kept = [read_meta(path)["metrics"].get("top1") for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == [10.0, 30.0, 20.0]
+    assert load_weights(tmp_path / "run", step="best")[1].step == 12
+
+
+def test_a_kill_during_an_evaluation_costs_no_update(
+    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(digit_folder, tmp_path / "run", checkpoint__every_updates=None)
+    original = engine.evaluate_epoch
+
+    def killed(*_: object) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "evaluate_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert read_meta(last_checkpoint(tmp_path / "run"))["progress"]["update"] == 6
+    monkeypatch.setattr(engine, "evaluate_epoch", original)
+    assert train(resumed(config)) == 0
+    assert history(tmp_path / "run") == history(undisturbed)
 
 
 def test_fine_tuning_at_another_size_and_class_count(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:

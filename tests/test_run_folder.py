@@ -82,7 +82,9 @@ def test_holds_run(tmp_path: Path) -> None:
     (run.checkpoints / "damaged-step-00000003").mkdir()
     assert run.holds_run()
     (run.checkpoints / "damaged-step-00000003").rmdir()
-    run.write_status("running", update=0, epoch=0)
+    run.write_status("failed", update=0, epoch=0)
+    assert not run.holds_run()
+    run.append_metrics({"update": 1})
     assert run.holds_run()
 
 
@@ -143,7 +145,7 @@ def test_resume_drops_later_and_torn_lines(tmp_path: Path, torn: str) -> None:
     with run.metrics.open("a") as file:
         file.write(torn)
     assert [record["update"] for record in run.read_metrics()] == [1, 2, 3, 4]
-    run.open({"seed": 3, "optim": {"lr": 1e-3}}, update=2)
+    run.open({"seed": 3, "optim": {"lr": 1e-3}}, update=2, epoch=0)
     assert yaml.safe_load(run.config.read_text()) == {"seed": 3, "optim": {"lr": 1e-3}}
     run.append_metrics({"update": 3, "loss": 1.0})
     assert run.read_metrics() == [
@@ -151,6 +153,15 @@ def test_resume_drops_later_and_torn_lines(tmp_path: Path, torn: str) -> None:
         {"update": 2, "loss": 2 / 3},
         {"update": 3, "loss": 1.0},
     ]
+
+
+def test_an_evaluation_that_will_come_again_is_dropped(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for epoch in (1, 2):
+        run.append_metrics({"kind": "train", "update": 3 * epoch, "epoch": epoch})
+        run.append_metrics({"kind": "evaluate", "update": 3 * epoch, "epoch": epoch})
+    run.open({}, update=6, epoch=1)
+    assert [(record["kind"], record["epoch"]) for record in run.read_metrics()] == [("train", 1), ("evaluate", 1), ("train", 2)]
 
 
 def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:

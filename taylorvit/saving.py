@@ -1,0 +1,242 @@
+"""From a session to a checkpoint and back: what is saved, what a continued run must agree on, and the final export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from taylorvit.checkpoint import (
+    Checkpoint,
+    find_newest,
+    find_newest_valid,
+    load_checkpoint,
+    pack_state,
+    prune_checkpoints,
+    read_meta,
+    save_checkpoint,
+    set_newer_aside,
+    unpack_state,
+)
+from taylorvit.config import Config
+from taylorvit.config_loading import config_to_dict, flatten
+from taylorvit.export import export_model
+from taylorvit.models import build_model
+from taylorvit.run_folder import RunFolder
+from taylorvit.session import Session
+from taylorvit.weights import load_into, load_weights
+
+# Prefixes of settings that may differ between a run and its continuation without making it another run.
+FREE_TO_CHANGE = (
+    "run_dir",
+    "resume",
+    "allow_change",
+    "device",
+    "timeout_seconds",
+    "evaluate.",
+    "checkpoint.",
+    "log.",
+    "data.root",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.pin_memory",
+    "schedule.stop_epoch",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.grad_checkpointing",
+    "train.channels_last",
+    "train.finetune",
+)
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in a checkpoint.
+
+    Attributes:
+        update: optimizer updates done, over all epochs.
+        epoch: epochs done, evaluation included.
+        window_loss: sum of the losses since the last record, over `window_updates` updates.
+        epoch_loss: sum of the losses of the current epoch.
+        best: highest value so far of the metric that ranks checkpoints.
+    """
+
+    update: int = 0
+    epoch: int = 0
+    window_loss: float = 0.0
+    window_updates: int = 0
+    epoch_loss: float = 0.0
+    best: float | None = None
+
+    def advance(self, loss: float) -> None:
+        """Count one update and its loss."""
+        self.update += 1
+        self.window_loss += loss
+        self.window_updates += 1
+        self.epoch_loss += loss
+
+    def read_window(self) -> float:
+        """Return the mean loss since the last call."""
+        mean = self.window_loss / max(self.window_updates, 1)
+        self.window_loss, self.window_updates = 0.0, 0
+        return mean
+
+    def finish_epoch(self, value: float | None) -> bool:
+        """Count one epoch; return whether `value`, its metric, is the best so far."""
+        self.epoch += 1
+        self.epoch_loss = 0.0
+        is_best = value is not None and (self.best is None or value > self.best)
+        self.best = value if is_best else self.best
+        return is_best
+
+
+def find_checkpoint(config: Config, run: RunFolder, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint to continue from, the same on every process; None starts anew.
+
+    The main process must hold the run's lock: it sweeps what a killed save left behind.
+    """
+    found: Path | None = None
+    if accelerator.is_main_process:
+        if config.resume == "auto":
+            found = find_newest(run.checkpoints)
+        elif config.resume != "never":
+            found = _named_step(config.resume)
+    return broadcast_object_list([found])[0]
+
+
+def describe_start(config: Config, run: RunFolder) -> str:
+    """Return what a start with these settings would do with the run folder, without touching it.
+
+    Raises:
+        ValueError: it would be refused.
+    """
+    refuse_second_start(config, run)
+    newest = find_newest_valid(run.checkpoints) if config.resume == "auto" else None
+    found = newest if config.resume in ("auto", "never") else _named_step(config.resume)
+    if found is None:
+        return f"start      anew in {run.path}"
+    check_same_run(flatten(read_meta(found)["config"]), config)
+    return f"start      from {found}"
+
+
+def refuse_second_start(config: Config, run: RunFolder) -> None:
+    """Raise a ValueError where a new run would write over one that is there."""
+    if config.resume == "never" and run.holds_run():
+        raise ValueError(f"run_dir: {run.path} holds a run already; continue it with --resume auto, or name another folder")
+
+
+def check_same_run(saved: dict[str, Any], config: Config) -> None:
+    """Raise a ValueError that lists the settings whose change would make a continued run another run.
+
+    Args:
+        saved: flattened config of the checkpoint.
+        config: of this start; its `allow_change` names keys that may differ all the same.
+    """
+    current = flatten(config_to_dict(config))
+    free = (*FREE_TO_CHANGE, *config.allow_change)
+    changed = [key for key in current if saved.get(key) != current[key] and not key.startswith(free)]
+    if changed:
+        shown = "; ".join(f"{key} {saved.get(key)!r} -> {current[key]!r}" for key in changed)
+        raise ValueError(
+            f"resume: these settings differ from the checkpoint's: {shown}; change them in a new run_dir, or say that you mean "
+            f"it with --allow_change '[{', '.join(changed)}]'"
+        )
+
+
+def restore(session: Session, found: Path) -> tuple[Progress, list[str]]:
+    """Put a checkpoint's state into the session; return where the run stands, and notes on what will not be exact.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or belongs to another recipe, model or data set.
+    """
+    checkpoint = load_checkpoint(found)
+    check_same_run(flatten(checkpoint.meta["config"]), session.config)
+    _check_same_data(session, checkpoint)
+    state, scaler = checkpoint.meta["state"], session.accelerator.scaler
+    if (scaler is None) != (state["scaler"] is None):  # the precision was changed on purpose: a new scale starts, or none
+        state, scaler = state | {"scaler": None}, None
+    unpack_state(checkpoint.tensors, state, session.bare_model, session.ema, session.optimizer, scaler)
+    return Progress(**checkpoint.meta["progress"]), _inexact(session, checkpoint)
+
+
+def save(
+    session: Session, run: RunFolder, progress: Progress, *, metrics: dict[str, float] | None = None, milestone: bool = False
+) -> None:
+    """Write a checkpoint of the run as it stands between two updates, and drop the ones no longer kept."""
+    config, accelerator = session.config, session.accelerator
+    if accelerator.is_main_process:
+        tensors, state = pack_state(session.bare_model, session.ema, session.optimizer, accelerator.scaler)
+        meta: dict[str, Any] = {
+            "progress": asdict(progress),
+            "split": asdict(session.split),
+            "config": config_to_dict(config),
+            "classes": session.train_set.classes,
+            "data": session.fingerprints,
+            "environment": session.environment,
+            "state": state,
+            "metrics": metrics or {},
+            "milestone": milestone,
+        }
+        save_checkpoint(run.checkpoints, progress.update, tensors, meta)
+        prune_checkpoints(
+            run.checkpoints,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+            metric=config.checkpoint.metric,
+        )
+    accelerator.wait_for_everyone()
+
+
+def leave_the_future(run: RunFolder, progress: Progress) -> list[str]:
+    """Set checkpoints and metrics after `progress` aside, which a run that goes back to an earlier step writes again."""
+    aside = set_newer_aside(run.checkpoints, progress.update)
+    return [f"{path.name} holds updates after the one this run goes back to" for path in aside]
+
+
+def export_best(session: Session, run: RunFolder) -> str:
+    """Write the best checkpoint's weights as a folder that timm loads; return what was written."""
+    config = session.config
+    kind = "ema" if config.checkpoint.metric == "ema_top1" else "raw"
+    state, source = load_weights(run.path, weights=kind, step="best")
+    model = build_model(config.model)
+    load_into(model, state)
+    export_model(
+        model,
+        run.export,
+        model_config=config_to_dict(config.model),
+        class_names=session.train_set.classes,
+        mean=config.data.mean,
+        std=config.data.std,
+        crop_pct=config.data.crop_pct,
+        interpolation=config.data.interpolation,
+    )
+    return f"exported {source.path} ({kind} weights) to {run.export}"
+
+
+def _named_step(resume: str) -> Path:
+    if not (Path(resume) / "manifest.json").is_file():
+        raise ValueError(f"resume: {resume!r} is not auto, never or a step folder such as RUN_DIR/checkpoints/step-00001000")
+    return Path(resume)
+
+
+def _check_same_data(session: Session, checkpoint: Checkpoint) -> None:
+    """Raise a ValueError where the images are not those the run began with: positions would mean other images."""
+    for split, fingerprint in session.fingerprints.items():
+        if checkpoint.meta["data"][split] != fingerprint:
+            raise ValueError(
+                f"data.root: the {split} images at {session.config.data.root} are not those that {checkpoint.path} was trained "
+                "with: files were added, removed or renamed; restore them, or start a new run_dir"
+            )
+
+
+def _inexact(session: Session, checkpoint: Checkpoint) -> list[str]:
+    """Say why the continued run will not repeat the uninterrupted one bit for bit, where it will not."""
+    saved, here = checkpoint.meta["split"], asdict(session.split)
+    changed = [key for key in ("world_size", "micro_batch_size", "accumulation") if saved[key] != here[key]]
+    if not changed:
+        return []
+    shown = ", ".join(f"{key} {saved[key]} -> {here[key]}" for key in changed)
+    return [f"{shown}: the same images in the same order, but sums round differently and drop path draws afresh"]

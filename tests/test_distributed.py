@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from taylorvit.distributed import build_accelerator, check_launch, split_batch
 
 LAUNCHER_VARIABLES = (
-    "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU", "ACCELERATE_MIXED_PRECISION",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND",
+    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
+    "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND",
 )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run as one process that no launcher started; accelerate keeps its state per process, so it is dropped afterwards."""
+def _alone(monkeypatch: pytest.MonkeyPatch, fresh_accelerate: None) -> None:
+    """Run as one process that no launcher started."""
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # ---- the global batch
@@ -78,29 +74,34 @@ def test_an_impossible_split_names_a_size_that_works(total: int, micro: int | No
 # ---- launches
 
 
+def check(**changes: Any) -> None:
+    """Check a launch of one process that asks for nothing, but for the changes."""
+    plain = {"mixed_precision": "no", "num_processes": 1, "gradient_accumulation_steps": 1}
+    check_launch(**(plain | {"dynamo_backend": "NO", "distributed_type": "NO"} | changes))
+
+
 def test_more_processes_than_accelerate_sees_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap: two launched processes that each believe to be alone, and write the same folder."""
-    check_launch(1, 1, "NO", "NO")
+    check()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"^WORLD_SIZE is 2 but accelerate started 1 process: .*torchrun"):
-        check_launch(1, 1, "NO", "NO")
-    check_launch(2, 1, "NO", "MULTI_CPU")
+        check()
+    check(num_processes=2, distributed_type="MULTI_CPU")
+    check(num_processes=2, distributed_type="MULTI_GPU")
 
 
 @pytest.mark.parametrize(
-    ("accumulation", "dynamo", "kind", "message"),
+    ("changes", "message"),
     [
-        (4, "NO", "NO", "gradient_accumulation_steps to 4; set train.micro_batch_size instead"),
-        (1, "INDUCTOR", "NO", "dynamo_backend to INDUCTOR; set train.compile instead"),
-        (1, "NO", "FSDP", "distributed_type to FSDP"),
-        (1, "NO", "DEEPSPEED", "distributed_type to DEEPSPEED"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps to 4; set train.micro_batch_size instead"),
+        ({"dynamo_backend": "INDUCTOR"}, "dynamo_backend to INDUCTOR; set train.compile instead"),
+        ({"distributed_type": "FSDP"}, "distributed_type to FSDP"),
+        ({"distributed_type": "DEEPSPEED"}, "distributed_type to DEEPSPEED"),
     ],
 )
-def test_settings_of_the_run_that_the_launcher_makes_are_refused(
-    accumulation: int, dynamo: str, kind: str, message: str
-) -> None:
+def test_settings_of_the_run_that_the_launcher_makes_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^the launcher sets {message}"):
-        check_launch(1, accumulation, dynamo, kind)
+        check(**changes)
 
 
 def test_one_process_on_the_cpu() -> None:
@@ -124,9 +125,21 @@ def test_the_launcher_speaks_through_the_environment(
         build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=5)
 
 
-def test_the_config_decides_the_precision_not_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_decides_the_precision_and_a_launcher_that_disagrees_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch says when nobody asked for anything
+    assert build_accelerator(device="cpu", mixed_precision="bf16", timeout_seconds=5).mixed_precision == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=5).mixed_precision == "no"
+    check(mixed_precision="bf16")
+    with pytest.raises(ValueError, match="^the launcher sets mixed_precision to bf16, but train.mixed_precision is no$"):
+        check(mixed_precision="no")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^2 processes were started on a machine with 1 GPU"):
+        build_accelerator(device="auto", mixed_precision="no", timeout_seconds=5)
 
 
 def test_fp16_without_a_gpu_is_refused() -> None:

@@ -54,6 +54,8 @@ def export_model(
     data = {"mean": list(mean), "std": list(std), "crop_pct": crop_pct, "interpolation": interpolation}
     plain = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)  # safetensors refuses channels_last
     folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"cannot export to {folder}: the folder holds other files; name a new one or an earlier export")
     temporary = folder.with_name(f".tmp-{folder.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

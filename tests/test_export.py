@@ -104,6 +104,13 @@ def test_an_export_replaces_the_earlier_one(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.rglob("*")) == ["config.json", "export", "model.safetensors"]
 
 
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(ValueError, match="holds other files"):
+        export(config_of("ours"), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_the_model_is_left_alone_and_may_be_channels_last(tmp_path: Path) -> None:
     config = config_of("ours")
     model = build_model(config).to(memory_format=torch.channels_last).eval()

@@ -46,19 +46,19 @@ class NoiseSource:
 
 
 def train_loader(*, num_workers=0, seed=0, epoch=0, rank=0, world_size=1, accumulation=1, start_update=0):
-    return build_train_loader(
+    loader = build_train_loader(
         ImageDataset(NoiseSource(), in_chans=3),
         data=replace(DATA, num_workers=num_workers),
         augment=AUGMENT,
         img_size=8,
         seed=seed,
-        epoch=epoch,
         micro_batch_size=GLOBAL // (world_size * accumulation),
         rank=rank,
         world_size=world_size,
         accumulation=accumulation,
-        start_update=start_update,
     )
+    loader.set_position(epoch, start_update)
+    return loader
 
 
 def collect(**options) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,18 +173,21 @@ def test_loaders_leave_the_global_generator_alone_at_their_start(num_workers):
     next(iterator)
 
 
+def eval_loader(*, batch_size: int, rank: int = 0, world_size: int = 1, num_workers: int = 0):
+    return build_eval_loader(
+        ImageDataset(NoiseSource(), in_chans=3),
+        data=replace(DATA, num_workers=num_workers),
+        img_size=8,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
 def eval_batches(batch_size: int, world_size: int, num_workers: int = 0) -> list[list[torch.Tensor]]:
     batches = []
     for rank in range(world_size):
-        batches += build_eval_loader(
-            ImageDataset(NoiseSource(), in_chans=3),
-            data=DATA,
-            img_size=8,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            num_workers=num_workers,
-        )
+        batches += eval_loader(batch_size=batch_size, rank=rank, world_size=world_size, num_workers=num_workers)
     return batches
 
 
@@ -223,6 +226,11 @@ def test_workers_ignore_the_signals_that_end_a_run_and_use_one_thread():
     assert labels.tolist() == [1] * NUM_IMAGES
 
 
+def run_script(script: Path) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, script], env=environment, timeout=60, capture_output=True, check=False)
+
+
 GARBAGE = "import gc; cycle = [loader, iterator]; cycle.append(cycle); del loader, iterator, cycle; gc.collect()"
 
 
@@ -238,11 +246,33 @@ def test_a_process_with_busy_workers_ends(tmp_path, ending, code):
         "next(iterator)\n"
         f"{ending}\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script], env=environment, timeout=60, capture_output=True, check=False)
-    assert done.returncode == code
+    assert run_script(script).returncode == code
 
 
-def test_negative_workers_are_named():
-    with pytest.raises(ValueError, match="data.num_workers is -1"):
-        train_loader(num_workers=-1)
+OPEN_FILES = """
+def open_files(passes):
+    for _ in range(passes):
+        assert len(list(loader)) == 3
+    return len(os.listdir("/proc/self/fd"))
+
+assert open_files(3) == open_files(7)
+interrupted = iter(loader)
+next(interrupted)
+del interrupted
+assert open_files(1) == open_files(1)
+assert not multiprocessing.active_children()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_evaluations_leave_no_open_files(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os, sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_data_sampling import eval_loader\n"
+        "loader = eval_loader(batch_size=20, num_workers=2)\n"
+        f"{OPEN_FILES}"
+    )
+    done = run_script(script)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -4,15 +4,9 @@
 """
 
 from taylorvit.data.augment import build_eval_transform, build_train_transform, check_augment
+from taylorvit.data.comparison import check_classes, check_num_classes, dataset_fingerprint
 from taylorvit.data.imagenet_variants import VARIANTS, Variant, get_variant
-from taylorvit.data.images import (
-    DATASETS,
-    ImageDataset,
-    ImageError,
-    build_dataset,
-    check_classes,
-    check_num_classes,
-)
+from taylorvit.data.images import DATASETS, ImageDataset, ImageError, build_dataset
 from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
 from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
 
@@ -33,6 +27,7 @@ __all__ = [
     "check_classes",
     "check_mixing",
     "check_num_classes",
+    "dataset_fingerprint",
     "epoch_updates",
     "get_variant",
     "is_mixing",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from taylorvit.config import DataConfig
 from taylorvit.data.samples import FashionMnist, prepare_digits
+from taylorvit.data.tables import StringTable
 from taylorvit.data.webdataset import IMAGE_SUFFIXES, build_shard_source, build_tar_source
 from taylorvit.suggest import nearest
 
@@ -48,6 +49,9 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Name image `index` for messages."""
 
+    def identity(self) -> Iterable[bytes]:
+        """Return what tells this set from another, wherever it is stored: sample names and labels."""
+
 
 class ImageDataset(Dataset):
     """A source's images, decoded and converted to `in_chans` channels, with their labels.
@@ -58,10 +62,9 @@ class ImageDataset(Dataset):
     """
 
     def __init__(self, source: Source, *, in_chans: int) -> None:
-        if in_chans not in IMAGE_MODES:
-            raise ValueError(f"model.in_chans is {in_chans}; images are read with 1 (grey) or 3 (RGB) channels")
         self.source = source
         self.in_chans = in_chans
+        self.mode = IMAGE_MODES[in_chans]
         self.classes = source.classes
 
     def __len__(self) -> int:
@@ -71,7 +74,7 @@ class ImageDataset(Dataset):
         try:
             content, label = self.source.read(index)
             image = content if isinstance(content, Image.Image) else _decode(content)
-            return convert_image(image, IMAGE_MODES[self.in_chans]), label
+            return convert_image(image, self.mode), label
         except DECODE_ERRORS as error:
             raise ImageError(f"cannot read image {self.sample_name(index)}: {_first_line(error)}") from error
 
@@ -117,28 +120,34 @@ class FolderSource:
             suffixes = ", ".join(IMAGE_SUFFIXES)
             raise ValueError(f"data.root: no images ({suffixes}) in the class folders of {folder}") from error
         names = {number: name for name, number in reader.class_to_idx.items()}
-        visible = [(path, names[number]) for path, number in reader.samples if not _is_hidden(path[len(str(folder)) :])]
+        below = ((path[len(str(folder)) :].lstrip(os.sep), names[number]) for path, number in reader.samples)
+        visible = [(path, name) for path, name in below if not _is_hidden(path)]
         if not visible:
             raise ValueError(f"data.root: no images in the class folders of {folder}")
         for path, name in visible:
             if not name:
-                raise ValueError(f"data.root: {path} lies in no class folder")
+                raise ValueError(f"data.root: {folder / path} lies in no class folder")
         used = {name for _, name in visible}
         self.classes = [name for name in reader.class_to_idx if name in used]
         number_of = {name: number for number, name in enumerate(self.classes)}
-        self.samples = [(path, number_of[name]) for path, name in visible]
+        self.folder = str(folder)
+        self.paths = StringTable(path for path, _ in visible)
+        self.labels = np.array([number_of[name] for _, name in visible], dtype=np.int32)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     def read(self, index: int) -> tuple[BinaryIO, int]:
         """Open image `index`."""
-        path, label = self.samples[index]
-        return open(path, "rb"), label
+        return open(self.name(index), "rb"), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Return the path of image `index`."""
-        return self.samples[index][0]
+        return os.path.join(self.folder, self.paths[index])
+
+    def identity(self) -> list[bytes]:
+        """Return the paths below the folder and the labels."""
+        return [self.paths.blob, self.paths.offsets.tobytes(), self.labels.tobytes()]
 
 
 def _is_hidden(path: str) -> bool:
@@ -171,8 +180,12 @@ class HuggingFaceSource:
         return file, int(label)
 
     def name(self, index: int) -> str:
-        """Name image `index` by its path, where the set keeps one, and its number."""
+        """Name image `index` by the set and its number."""
         return f"{self.title}[{index}]"
+
+    def identity(self) -> list[bytes]:
+        """Return the set's name and split."""
+        return [self.title.encode()]
 
 
 class TorchvisionSource:
@@ -202,16 +215,19 @@ class TorchvisionSource:
         """Name image `index` by the set and its number."""
         return f"{self.title}[{index}]"
 
+    def identity(self) -> list[bytes]:
+        """Return the set's name and split."""
+        return [self.title.encode()]
+
 
 def _check_torchvision(name: str, split: str) -> None:
     if name not in TORCH_DATASETS:
-        raise ValueError(
-            f"data.dataset: unknown torchvision set {name!r}{nearest(name, TORCH_DATASETS)} (known: {', '.join(TORCH_DATASETS)})"
-        )
+        known = ", ".join(TORCH_DATASETS)
+        raise ValueError(f"data.dataset: unknown torchvision set {name!r}{nearest(name, TORCH_DATASETS)} (known: {known})")
     # For the small sets timm takes every word but "train" and "training" as the test split.
-    known = ["train", "training", *TORCH_EVAL_SPLITS]
-    if name not in ("places365", "inaturalist", "imagenet") and split not in known:
-        raise ValueError(f"torch/{name} has no split {split!r}{nearest(split, known)} (known: {', '.join(known)})")
+    splits = ["train", "training", *TORCH_EVAL_SPLITS]
+    if name not in ("places365", "inaturalist", "imagenet") and split not in splits:
+        raise ValueError(f"torch/{name} has no split {split!r}{nearest(split, splits)} (known: {', '.join(splits)})")
 
 
 def build_dataset(config: DataConfig, split: str, *, in_chans: int) -> ImageDataset:
@@ -260,28 +276,3 @@ def _split_folder(root: Path, split: str) -> Path:
         present = sorted(path.name for path in root.iterdir() if path.is_dir())[:5]
         raise ValueError(f"data.root {str(root)!r} has no folder {split!r}; it holds {', '.join(present) or 'no folders'}")
     return folder
-
-
-def check_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> None:
-    """Raise ValueError, naming the first difference, unless both sets have the same classes.
-
-    A class folder that is missing on one side would shift all later labels there.
-    """
-    train, val = train_dataset.classes, val_dataset.classes
-    if train == val:
-        return
-    counts = f"{len(train)} training and {len(val)} validation classes"
-    for name in train:
-        if name not in val:
-            raise ValueError(f"class {name!r} is in the training set but not in the validation set ({counts})")
-    for name in val:
-        if name not in train:
-            raise ValueError(f"class {name!r} is in the validation set but not in the training set ({counts})")
-    raise ValueError(f"the training and the validation set number their classes differently ({counts})")
-
-
-def check_num_classes(dataset: ImageDataset, num_classes: int) -> None:
-    """Raise ValueError unless the data set has `num_classes` classes."""
-    if len(dataset.classes) != num_classes:
-        shown = ", ".join(dataset.classes[:3])
-        raise ValueError(f"model.num_classes is {num_classes}, but the data has {len(dataset.classes)} classes ({shown}, ...)")

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from taylorvit.config import AugmentConfig
-from taylorvit.data.augment import check_augment
 from taylorvit.randomness import numpy_generator
 
 
@@ -53,7 +52,6 @@ class Mixer:
     """
 
     def __init__(self, config: AugmentConfig, *, num_classes: int, seed: int) -> None:
-        check_augment(config)
         self.config = config
         self.num_classes = num_classes
         self.seed = seed

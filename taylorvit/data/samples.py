@@ -106,6 +106,10 @@ class FashionMnist:
         """Name image `index` for messages."""
         return f"{self.stem}-images-idx3-ubyte[{index}]"
 
+    def identity(self) -> list[bytes]:
+        """Return the split and the labels."""
+        return [self.stem.encode(), self.labels.tobytes()]
+
 
 def load_idx(path: Path, magic: int) -> np.ndarray:
     """Read an idx file of unsigned bytes, `path` itself or `path.gz`; the result is read-only.

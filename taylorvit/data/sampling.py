@@ -9,10 +9,10 @@ index). So workers, processes and resuming change nothing, and skipping ahead lo
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from taylorvit.config import AugmentConfig, DataConfig
 from taylorvit.data.augment import build_eval_transform, build_train_transform
 from taylorvit.data.images import ImageDataset
 from taylorvit.randomness import numpy_generator, seed_all
+
+WORKER_NAME = "image loader"
 
 
 def epoch_updates(dataset_len: int, global_batch_size: int) -> int:
@@ -120,26 +122,32 @@ class IndexedDataset(Dataset):
 
 
 class Loader(DataLoader):
-    """A DataLoader that ends its workers itself when the process exits.
-
-    At exit Python sends SIGTERM to child processes and waits for them, for ever if they ignore it, as ours do.
-    """
+    """A DataLoader whose workers are ended when the process exits, see `_end_workers`."""
 
     def __iter__(self) -> Any:
         iterator = super().__iter__()
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            atexit.register(_end_workers, weakref.ref(iterator), iterator._workers)
+            _ITERATORS.add(iterator)
+            for worker in iterator._workers:
+                worker.name = WORKER_NAME
         return iterator
 
 
-def _end_workers(reference: weakref.ref, workers: Sequence[BaseProcess]) -> None:
-    """Ask the workers of an iterator to leave, and kill those left over, as by one that was garbage in a reference cycle."""
-    iterator = reference()
-    if iterator is not None:
+def _end_workers(iterators: weakref.WeakSet[_MultiProcessingDataLoaderIter]) -> None:
+    """Ask all workers to leave, and kill those left over, as by an iterator that was garbage in a reference cycle.
+
+    At exit Python sends SIGTERM to child processes and waits for them, for ever if they ignore it, as ours do.
+    """
+    for iterator in list(iterators):
         iterator._shutdown_workers()
-    for worker in workers:
-        if worker.is_alive():
-            worker.kill()
+    for process in multiprocessing.active_children():
+        if process.name == WORKER_NAME:
+            process.kill()
+
+
+# Weak references: a finished iterator must not keep the pipes of its workers open.
+_ITERATORS: weakref.WeakSet[_MultiProcessingDataLoaderIter] = weakref.WeakSet()
+atexit.register(_end_workers, _ITERATORS)  # multiprocessing was imported above, so this runs before it waits at exit
 
 
 class TrainLoader(Loader):
@@ -159,16 +167,15 @@ def build_train_loader(
     augment: AugmentConfig,
     img_size: int,
     seed: int,
-    epoch: int,
+    epoch: int = 0,
     micro_batch_size: int,
     rank: int,
     world_size: int,
     accumulation: int,
-    start_update: int = 0,
 ) -> TrainLoader:
     """Build the loader of one process's images (b, C, H, W) float32, normalised, and labels (b,) int64.
 
-    It starts at `start_update` of `epoch`; `loader.set_position(epoch)` before `iter(loader)` moves it to another epoch.
+    It starts at `epoch`; `loader.set_position` before `iter(loader)` moves it to another epoch and update.
     """
     transform = build_train_transform(
         augment,
@@ -187,51 +194,34 @@ def build_train_loader(
         world_size=world_size,
         accumulation=accumulation,
     )
-    sampler.set_position(epoch, start_update)
+    sampler.set_position(epoch)
     keyed = KeyedDataset(dataset, transform, seed=seed)
-    return TrainLoader(keyed, batch_sampler=sampler, **_loader_options(data, data.num_workers, persistent=True))
+    return TrainLoader(keyed, batch_sampler=sampler, **_loader_options(data, persistent=True))
 
 
 def build_eval_loader(
-    dataset: ImageDataset,
-    *,
-    data: DataConfig,
-    img_size: int,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    num_workers: int | None = None,
-    crop_pct: float | None = None,
+    dataset: ImageDataset, *, data: DataConfig, img_size: int, batch_size: int, rank: int, world_size: int
 ) -> Loader:
     """Build the loader of one process's share: images (b, C, H, W), labels (b,), indices (b,).
 
     Process r evaluates images r, r + world_size, ...: over all processes each exactly once, without padding, so the number of
-    batches can differ between processes and the last batch has any size. `num_workers` and `crop_pct` override the config.
+    batches can differ between processes and the last batch has any size.
     """
     transform = build_eval_transform(
-        img_size=img_size,
-        crop_pct=data.crop_pct if crop_pct is None else crop_pct,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
-        in_chans=dataset.in_chans,
+        img_size=img_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=data.mean, std=data.std
     )
     share = range(rank, len(dataset), world_size)
-    options = _loader_options(data, data.num_workers if num_workers is None else num_workers, persistent=False)
+    options = _loader_options(data, persistent=False)
     return Loader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)
 
 
-def _loader_options(data: DataConfig, num_workers: int, *, persistent: bool) -> dict[str, Any]:
-    if num_workers < 0:
-        raise ValueError(f"data.num_workers is {num_workers}; it must be 0 or more")
+def _loader_options(data: DataConfig, *, persistent: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "num_workers": num_workers,
+        "num_workers": data.num_workers,
         "pin_memory": data.pin_memory and torch.cuda.is_available(),
         "generator": torch.Generator(),  # else every iter() would draw from the global generator
     }
-    if num_workers > 0:
-        if data.prefetch_factor < 1:
-            raise ValueError(f"data.prefetch_factor is {data.prefetch_factor}; it must be 1 or more")
+    if data.num_workers > 0:
         options |= {"prefetch_factor": data.prefetch_factor, "persistent_workers": persistent, "worker_init_fn": init_worker}
     return options
 

@@ -10,28 +10,55 @@ from __future__ import annotations
 import io
 import json
 import os
+import secrets
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 from timm.utils import natural_key
+
+from taylorvit.data.tables import StringTable
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 INDEX_VERSION = 1
 
 
-@dataclass
 class TarIndex:
-    """Where every sample lies; the five lists run in parallel, `files` holds tar numbers."""
+    """Where each of N samples lies.
 
-    names: list[str]
-    files: list[int]
-    offsets: list[int]
-    sizes: list[int]
-    labels: list[int]
-    classes: list[str]
+    Args:
+        names: paths in the tar.
+        files: number of the tar.
+        offsets: of the first byte in that tar.
+        sizes: bytes.
+        labels: class numbers.
+        classes: their names.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        files: list[int],
+        offsets: list[int],
+        sizes: list[int],
+        labels: list[int],
+        classes: list[str],
+    ) -> None:
+        self.names = StringTable(names)
+        self.files = np.array(files, dtype=np.int32)
+        self.offsets = np.array(offsets, dtype=np.int64)
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.labels = np.array(labels, dtype=np.int32)
+        self.classes = classes
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the arguments that rebuild this index, as JSON types."""
+        arrays = {key: getattr(self, key).tolist() for key in ("files", "offsets", "sizes", "labels")}
+        return {"names": [self.names[number] for number in range(len(self.names))], **arrays, "classes": self.classes}
 
 
 @dataclass
@@ -57,17 +84,23 @@ class TarSource:
 
     def read(self, index: int) -> tuple[BinaryIO, int]:
         """Return the encoded image `index` and its label."""
-        size = self.index.sizes[index]
+        size = int(self.index.sizes[index])
         with open(self.tars[self.index.files[index]], "rb") as file:
             file.seek(self.index.offsets[index])
             content = file.read(size)
         if len(content) != size:
             raise OSError(f"the tar ends {size - len(content)} bytes early")
-        return io.BytesIO(content), self.index.labels[index]
+        return io.BytesIO(content), int(self.index.labels[index])
 
     def name(self, index: int) -> str:
         """Name image `index` for messages: the tar, then the path in it."""
         return f"{self.tars[self.index.files[index]]}/{self.index.names[index]}"
+
+    def identity(self) -> list[bytes]:
+        """Return the tars' names, which sample lies in which, the paths in them and the labels."""
+        tars = "\0".join(tar.name for tar in self.tars).encode("utf-8", "surrogateescape")
+        arrays = (self.index.files, self.index.names.offsets, self.index.labels)
+        return [tars, self.index.names.blob, *(array.tobytes() for array in arrays)]
 
 
 def build_tar_source(root: Path, split: str) -> TarSource:
@@ -107,7 +140,7 @@ def _open_source(root: Path, split: str, kind: str, tars: list[Path]) -> TarSour
     index = _load_index(cache, head)
     if index is None:
         index = _index_class_folders(tars) if kind == "tar" else _index_shards(tars)
-        if not index.names:
+        if len(index.names) == 0:
             raise ValueError(f"data.root {str(root)!r}: no image in the {len(tars)} tar files of split {split!r}")
         _save_index(cache, head, index)
     return TarSource(tars, index)
@@ -124,12 +157,14 @@ def _load_index(cache: Path, head: dict) -> TarIndex | None:
 
 
 def _save_index(cache: Path, head: dict, index: TarIndex) -> None:
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+    """Write the index under a name of its own and rename it, so that any number of processes may do so at once."""
+    temporary = cache.with_name(f"{cache.name}.{secrets.token_hex(8)}")
     try:
-        temporary.write_text(json.dumps({"head": head, "index": asdict(index)}))
+        temporary.write_text(json.dumps({"head": head, "index": index.to_json()}))
         os.replace(temporary, cache)
     except OSError:  # a read-only data folder is usual; the scan is repeated next time
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses even this
+            temporary.unlink(missing_ok=True)
 
 
 def _index_class_folders(tars: list[Path]) -> TarIndex:

@@ -109,8 +109,9 @@ def parse_step(text: str) -> Step:
     Raises:
         ValueError: it is none.
     """
-    if text == "best" or text == "newest":
-        return text
+    words: dict[str, Step] = {"best": "best", "newest": "newest"}
+    if text in words:
+        return words[text]
     if not (text.isascii() and text.isdecimal()):
         raise ValueError(f"--step {text}: expected best, newest or a number of updates")
     return int(text)

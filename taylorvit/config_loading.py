@@ -109,17 +109,25 @@ def check_config(config: Config) -> None:
             value = values[key]
             if value is not None and not holds(value):
                 raise ValueError(f"{key}: {value!r} is not allowed; expected {allowed}")
-    if config.schedule.warmup_epochs >= config.schedule.epochs and config.schedule.warmup_epochs > 0:
-        raise ValueError(
-            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} must be below schedule.epochs {config.schedule.epochs}"
-        )
-    for key in ("data.mean", "data.std"):
-        if len(values[key]) not in (1, config.model.in_chans):
-            raise ValueError(
-                f"{key}: {values[key]} must have one value, or one for each of model.in_chans {config.model.in_chans}"
-            )
+    _check_combinations(config)
+
+
+def _check_combinations(config: Config) -> None:
+    """Raise a ValueError for values that are each in range but contradict one another."""
+    schedule, chans = config.schedule, config.model.in_chans
+    if schedule.warmup_epochs >= schedule.epochs and schedule.warmup_epochs > 0:
+        raise ValueError(f"schedule.warmup_epochs: {schedule.warmup_epochs} must be below schedule.epochs {schedule.epochs}")
+    if schedule.stop_epoch is not None and schedule.stop_epoch > schedule.epochs:
+        raise ValueError(f"schedule.stop_epoch: {schedule.stop_epoch} is beyond schedule.epochs {schedule.epochs}")
+    for key, channels in (("data.mean", config.data.mean), ("data.std", config.data.std)):
+        if len(channels) not in (1, chans):
+            raise ValueError(f"{key}: {channels} must have one value, or one for each of model.in_chans {chans}")
     if config.checkpoint.metric == "ema_top1" and config.train.ema_decay is None:
         raise ValueError("checkpoint.metric: 'ema_top1' needs averaged weights; set train.ema_decay")
+    if config.optim.decay_temperature and config.model.attention == "softmax":
+        raise ValueError("optim.decay_temperature: true has no effect: model.attention 'softmax' has no temperature")
+    if config.train.freeze == "backbone" and config.train.finetune is None:
+        raise ValueError("train.freeze: 'backbone' would train a classifier on random features; set train.finetune")
 
 
 def _at_least(low: float) -> Any:
@@ -149,9 +157,9 @@ _RANGES: tuple[tuple[str, str, Any], ...] = (
     ("seed data.num_workers log.image_grid log.histogram_every_epochs augment.crop_padding", "0 or more", _at_least(0)),
     ("checkpoint.keep_last", "2 or more: the newest may be the one being written", _at_least(2)),
     ("model.in_chans", "1 (grey) or 3 (RGB)", lambda value: value in (1, 3)),
-    ("optim.lr log.peak_tflops model.mlp_ratio", "a finite number above 0", _positive),
+    ("optim.lr optim.max_grad_norm log.peak_tflops model.mlp_ratio", "a finite number above 0", _positive),
     (
-        "optim.weight_decay optim.eps optim.max_grad_norm optim.momentum schedule.warmup_epochs schedule.warmup_lr "
+        "optim.weight_decay optim.eps optim.momentum schedule.warmup_epochs schedule.warmup_lr "
         "schedule.min_lr augment.color_jitter augment.mixup_alpha augment.cutmix_alpha",
         "a finite number, 0 or more",
         _at_least(0),

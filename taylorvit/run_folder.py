@@ -11,6 +11,7 @@ Small files are replaced atomically: a reader sees the old or the new content, n
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -33,7 +34,7 @@ from taylorvit.checkpoint import sync_folder, write_durably
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STATES = ("starting", "running", "finished", "stopped", "preempted", "failed")
+STATES = ("starting", "running", "finished", "preempted", "failed")
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 
@@ -67,7 +68,7 @@ class RunFolder:
         handle: loader workers do not inherit it, so they cannot keep the run locked after their parent was killed.
 
         Raises:
-            ValueError: another process owns the run, which the message names, or the file system refuses the folder.
+            ValueError: another process owns the run, which the message names, or the file system refuses the folder or locks.
         """
         if not active:
             yield
@@ -80,6 +81,10 @@ class RunFolder:
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(
+                        f"run_dir={str(self.path)!r}: its file system refuses locks ({error.strerror}); choose another run_dir"
+                    ) from error
                 lock.seek(0)
                 owner = lock.read().strip() or "another process"
                 raise ValueError(

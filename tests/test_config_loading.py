@@ -396,6 +396,12 @@ def test_every_number_has_a_range() -> None:
         ({"schedule.warmup_epochs": 5.0, "schedule.epochs": 5}, "schedule.warmup_epochs: 5.0 must be below schedule.epochs 5"),
         ({"data.mean": [0.5, 0.5]}, r"data.mean: \[0.5, 0.5\] must have one value, or one for each of model.in_chans 3"),
         ({"model.in_chans": 1}, "data.mean: .* must have one value"),
+        ({"schedule.stop_epoch": 301}, "schedule.stop_epoch: 301 is beyond schedule.epochs 300"),
+        (
+            {"optim.decay_temperature": True, "model.attention": "softmax"},
+            "optim.decay_temperature: true has no effect: model.attention 'softmax'",
+        ),
+        ({"train.freeze": "backbone"}, "train.freeze: 'backbone' would train a classifier on random features"),
         ({"checkpoint.metric": "ema_top1"}, "checkpoint.metric: 'ema_top1' needs averaged weights; set train.ema_decay"),
     ],
 )
@@ -405,6 +411,26 @@ def test_values_that_contradict_each_other(changes: dict[str, Any], message: str
         values[key.partition(".")[0]][key.partition(".")[2]] = value
     with pytest.raises(ValueError, match=f"^{message}"):
         config_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"schedule.stop_epoch": 300},
+        {"optim.max_grad_norm": None},
+        {"optim.decay_temperature": True},
+        {"model.attention": "softmax"},
+        {"train.freeze": "backbone", "train.finetune": "weights.pth"},
+        {"data.mean": [0.5], "data.std": [0.5]},
+    ],
+    ids=str,
+)
+def test_values_that_agree(changes: dict[str, Any]) -> None:
+    values = config_to_dict(Config())
+    for key, value in changes.items():
+        values[key.partition(".")[0]][key.partition(".")[2]] = value
+    config = flatten(config_from_dict(values))
+    assert {key: config[key] for key in changes} == changes
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400"])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import multiprocessing
 import pickle
 import sys
 import tarfile
 import traceback
 import types
 import warnings
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -230,12 +232,13 @@ def test_a_tar_per_class_and_tars_in_a_tar(tmp_path):
     assert contents(build_dataset(config, "val", in_chans=1)) == expected
 
 
-def write_shards(root: Path, split: str, num_samples: int, per_shard: int = 3, label: str = "cls") -> None:
+def write_shards(root: Path, split: str, num_samples: int, *, per_shard: int = 3, label: str = "cls", shift: int = 0) -> None:
     for start in range(0, num_samples, per_shard):
         files = {}
         for number in range(start, min(start + per_shard, num_samples)):
             files[f"s{number:04d}.jpg"] = encode(10 * number, "jpg")
-            files[f"s{number:04d}.{label}"] = str(number % 4).encode() if label == "cls" else b'{"label": %d}' % (number % 4)
+            value = (number + shift) % 4
+            files[f"s{number:04d}.{label}"] = str(value).encode() if label == "cls" else b'{"label": %d}' % value
         write_tar(root / f"{split}-{start // per_shard:05d}.tar", files)
 
 
@@ -271,12 +274,43 @@ def test_the_shard_index_is_cached_and_renewed(tmp_path, monkeypatch):
 def test_a_read_only_root_needs_no_cache(tmp_path, monkeypatch):
     write_shards(tmp_path, "train", 4)
 
-    def refuse(self: Path, *args: object) -> None:
+    def refuse(self: Path, *args: object, **options: object) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)  # the kernel says so even of a file that is not there
     assert len(build_dataset(DataConfig(dataset="wds", root=str(tmp_path)), "train", in_chans=3)) == 4
     assert not list(tmp_path.glob(".taylorvit-*"))
+
+
+def open_shards_again_and_again(root: Path, barrier: Barrier) -> None:
+    barrier.wait(30)
+    for _ in range(20):
+        dataset = build_dataset(DataConfig(dataset="wds", root=str(root)), "train", in_chans=3)
+        assert [dataset[index][1] for index in (0, 5, 39)] == [0, 1, 3]
+        for cache in root.glob(".taylorvit-*.json"):
+            cache.unlink(missing_ok=True)
+
+
+def test_two_processes_may_index_the_shards_at_once(tmp_path):
+    write_shards(tmp_path, "train", 40)
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=open_shards_again_and_again, args=(tmp_path, barrier)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    seen = 0
+    while any(process.is_alive() for process in processes):
+        try:
+            (cache,) = tmp_path.glob(".taylorvit-*.json")
+            text = cache.read_text()
+        except (ValueError, FileNotFoundError):  # just deleted
+            continue
+        json.loads(text)  # whole, whenever it is there
+        seen += 1
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert seen > 5
+    assert not list(tmp_path.glob(".taylorvit-*.json.*"))
 
 
 @pytest.mark.parametrize(

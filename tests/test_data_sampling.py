@@ -250,16 +250,23 @@ def test_a_process_with_busy_workers_ends(tmp_path, ending, code):
 
 
 OPEN_FILES = """
-def open_files(passes):
-    for _ in range(passes):
-        assert len(list(loader)) == 3
+def open_files():
     return len(os.listdir("/proc/self/fd"))
 
-assert open_files(3) == open_files(7)
+def evaluate(passes):
+    for _ in range(passes):
+        assert len(list(loader)) == 3
+
+evaluate(3)
+before = open_files()
+evaluate(7)
 interrupted = iter(loader)
 next(interrupted)
 del interrupted
-assert open_files(1) == open_files(1)
+deadline = time.monotonic() + 10
+while open_files() > before and time.monotonic() < deadline:  # threads of torch's close the last two
+    time.sleep(0.05)
+assert open_files() <= before, (before, open_files())
 assert not multiprocessing.active_children()
 """
 
@@ -268,7 +275,7 @@ assert not multiprocessing.active_children()
 def test_evaluations_leave_no_open_files(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "import multiprocessing, os, sys\n"
+        "import multiprocessing, os, sys, time\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_data_sampling import eval_loader\n"
         "loader = eval_loader(batch_size=20, num_workers=2)\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -50,6 +52,26 @@ def test_two_runs_in_one_folder_are_refused_until_the_owner_dies(tmp_path: Path)
             os.killpg(owner.pid, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EAGAIN, "in use by another process"),
+        (errno.EACCES, "in use by another process"),
+        (errno.ENOLCK, r"file system refuses locks \(No locks available\); choose another run_dir"),
+        (errno.EOPNOTSUPP, "file system refuses locks"),
+    ],
+)
+def test_a_file_system_without_locks_is_not_a_run_in_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str
+) -> None:
+    def refuse(file: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(ValueError, match=message), RunFolder(tmp_path / "run").locked():
+        pass
+
+
 def test_only_the_active_process_locks(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "run").locked(active=False):
         assert not (tmp_path / "run").exists()
@@ -95,6 +117,7 @@ def test_status(tmp_path: Path) -> None:
     status = run.read_status()
     assert status.pop("time").startswith("20")
     assert status == {"state": "preempted", "update": 7, "epoch": 1, "message": "SIGTERM"}
+    run.write_status("starting", update=0, epoch=0)
     with pytest.raises(AssertionError):
         run.write_status("runing", update=0, epoch=0)
     run.status.write_text("{")

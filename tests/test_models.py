@@ -1,6 +1,7 @@
 """The registered models: parameter counts, every timm tool with every model and both attentions, and building from a config."""
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -13,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
+from timm.layers import DropPath
 from timm.models import save_for_hf
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import AttentionExtract, ModelEmaV3
@@ -358,6 +360,16 @@ def test_build_model_takes_timm_s_other_networks(name: str) -> None:
     assert model(torch.randn(2, 1, 64, 64)).shape == (2, 3)
     assert attention_forms(model) == []
     assert count(build_model(ModelConfig(name=name, attention="softmax", drop_path_rate=0.1), device="meta")) > 1e6
+
+
+def test_a_rate_of_zero_is_off_in_any_network() -> None:
+    """Swin's own drop path is 0.1; RepViT has none, so that 0 is what it has and 0.1 is refused."""
+    swin = ModelConfig(name="swin_tiny_patch4_window7_224", attention="softmax")
+    assert not any(isinstance(module, DropPath) for module in build_model(swin, device="meta").modules())
+    repvit = ModelConfig(name="repvit_m0_9", attention="softmax", img_size=64)
+    assert count(build_model(repvit, device="meta")) > 1e6
+    with pytest.raises(ValueError, match="repvit_m0_9' refuses these settings: .*drop_path_rate"):
+        build_model(dataclasses.replace(repvit, drop_path_rate=0.1), device="meta")
 
 
 def test_build_model_names_what_a_network_does_not_have() -> None:

@@ -53,7 +53,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
     if not timm.get_pretrained_cfg(config.name, allow_unregistered=False).fixed_input_size:
         del keywords["img_size"]
     try:
-        return timm.create_model(config.name, **keywords)
+        return _create_foreign(config.name, keywords)
     except (TypeError, AssertionError) as error:  # how timm's models refuse a keyword or a size
         raise ValueError(f"timm model {config.name!r} refuses these settings: {error}") from error
 
@@ -77,11 +77,21 @@ def attention_forms(model: nn.Module, num_tokens: int | None = None) -> list[str
     return forms
 
 
+def _create_foreign(name: str, keywords: dict[str, Any]) -> nn.Module:
+    """Create one of timm's own models; a rate of 0 is left out where the network has no such rate."""
+    try:
+        return timm.create_model(name, **keywords)
+    except TypeError as error:
+        off = [key for key in ("drop_path_rate", "drop_rate") if keywords.get(key) == 0 and f"'{key}'" in str(error)]
+        if not off:
+            raise
+        return _create_foreign(name, {key: value for key, value in keywords.items() if key not in off})
+
+
 def _sizes(config: ModelConfig) -> dict[str, Any]:
-    """Collect the config's plain sizes and rates; null and a rate of 0 keep the registered model's."""
+    """Collect the config's plain sizes and rates; null keeps the registered model's."""
     names = [field.name for field in fields(config) if field.name not in ("name", "attention", "attention_options", "kwargs")]
-    given = {name: getattr(config, name) for name in names}
-    return {name: value for name, value in given.items() if value is not None and not (value == 0 and name.endswith("_rate"))}
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None}
 
 
 def _extra_keywords(config: ModelConfig) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def test_the_optimizer_is_the_one_that_was_named() -> None:
         ({"name": "sgd", "eps": 1e-8}, "optim.eps: sgd takes no such setting; it takes "),
         ({"name": "lion", "eps": 1e-8}, "optim.eps: lion takes no such setting"),
         ({"name": "rmsprop", "betas": (0.9, 0.99)}, "optim.betas: rmsprop takes no such setting"),
+        ({"name": "adamw", "momentum": 0.9}, "optim.momentum: adamw takes no such setting"),
         ({"name": "adan", "betas": (0.9, 0.99)}, "optim.betas: adan takes 3 rates; give them as optim.kwargs.betas"),
         (
             {"name": "adamw", "kwargs": {"amsgrat": True}},

@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import sys
 import tarfile
+import time
 import traceback
 import types
 import warnings
@@ -283,7 +284,17 @@ def test_a_read_only_root_needs_no_cache(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".taylorvit-*"))
 
 
+def write_slowly(path: Path, text: str) -> None:
+    """Write in two halves, as a large file is."""
+    with path.open("w") as file:
+        for half in (text[: len(text) // 2], text[len(text) // 2 :]):
+            file.write(half)
+            file.flush()
+            time.sleep(0.005)
+
+
 def open_shards_again_and_again(root: Path, barrier: Barrier) -> None:
+    Path.write_text = write_slowly  # in this process only
     barrier.wait(30)
     for _ in range(20):
         dataset = build_dataset(DataConfig(dataset="wds", root=str(root)), "train", in_chans=3)

@@ -396,6 +396,7 @@ def test_every_number_has_a_range() -> None:
         ({"schedule.warmup_epochs": 5.0, "schedule.epochs": 5}, "schedule.warmup_epochs: 5.0 must be below schedule.epochs 5"),
         ({"data.mean": [0.5, 0.5]}, r"data.mean: \[0.5, 0.5\] must have one value, or one for each of model.in_chans 3"),
         ({"model.in_chans": 1}, "data.mean: .* must have one value"),
+        ({"optim.max_grad_norm": 0.0}, "optim.max_grad_norm: 0.0 is not allowed; expected a finite number above 0"),
         ({"schedule.stop_epoch": 301}, "schedule.stop_epoch: 301 is beyond schedule.epochs 300"),
         (
             {"optim.decay_temperature": True, "model.attention": "softmax"},

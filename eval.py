@@ -89,6 +89,9 @@ def read_options(arguments: Sequence[str]) -> dict[str, Any]:
     options["step"] = parse_step(options["step"])
     if options["worst"] < 0:
         raise ValueError(f"--worst {options['worst']}: expected 0 or more classes")
+    for key in ("json", "per_class"):
+        if options[key] and Path(options[key]).is_dir():
+            raise ValueError(f"--{key} {options[key]}: expected a file's path, this is a folder")
     if options["per_class"] and len(options["checkpoints"]) * len(options["kinds"]) > 1:
         raise ValueError(
             f"per_class: {options['per_class']!r} holds one evaluation; give one checkpoint and one kind of weights"
@@ -100,6 +103,11 @@ def checkpoint_config(source: Source, overrides: Sequence[str]) -> Config:
     """Return the config of the checkpoint's run, or as much of it as the file tells, with the command line's keys on top."""
     known = {"model": source.model_config, "data": source.data_config, "train": {"mixed_precision": "no"}}
     base = source.config or {section: values for section, values in known.items() if values}
+    told = {word.partition("=")[0] for word in overrides} & {"--data.root", "--data.dataset", "--config"}
+    if "root" not in base.get("data", {}) and not told:
+        raise ValueError(
+            f"{source.path} does not say which data it belongs to; give --data.dataset and --data.root, or --config"
+        )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "checkpoint.yaml"
         file.write_text(yaml.safe_dump(base), encoding="utf-8")

@@ -131,7 +131,7 @@ class OptimConfig:
         decay_temperature: also decay the attention temperature, as the authors' code did.
         eps: the optimizer's epsilon; null keeps the optimizer's default.
         betas: moment decay rates; null keeps the optimizer's default.
-        momentum: null keeps the optimizer's default.
+        momentum: of optimizers that have one; null is timm's 0.9.
         layer_decay: factor on the learning rate per layer counted from the head; null is off.
         max_grad_norm: global gradient-norm clip, applied once, before the optimizer; null is off.
         kwargs: any other keyword of the optimizer.
@@ -156,7 +156,7 @@ class ScheduleConfig:
     """The learning rate as a function of the update number.
 
     Args:
-        name: a timm schedule: `cosine`, `tanh`, `poly`, or `constant` (after the warm-up).
+        name: a timm schedule: `cosine`, `tanh`, `poly` (a straight line), or `constant` (after the warm-up).
         epochs: length of the schedule.
         warmup_epochs: linear rise from warmup_lr, part of `epochs`.
         warmup_lr: learning rate of the first update.
@@ -266,7 +266,7 @@ class Config:
         seed: of everything random; samples, mixing and drop path are keyed by it and their position.
         resume: `auto` continues the newest checkpoint in run_dir or starts anew; `never` refuses a folder that holds a
             run; or the path of a step folder.
-        allow_change: keys, such as `optim.lr`, that may differ from the checkpoint's; the continued run is then another one.
+        allow_change: keys, such as `optim.lr`, that may differ from the checkpoint's; the run is then no longer the same.
         device: `auto` (GPU where there is one), `cpu` or `cuda`.
         timeout_seconds: a collective operation that waits longer ends the run.
         model: the network.

@@ -80,6 +80,7 @@ def train(config: Config) -> int:
     is_main = accelerator.is_main_process
     with run.locked(active=is_main), StopRequest(run.stop_file if is_main else None) as stop:
         progress = Progress()
+        accelerator.wait_for_everyone()  # the folder is ours, or this start ends here and leaves it as it is
         try:
             if is_main:
                 run.stop_file.unlink(missing_ok=True)
@@ -89,6 +90,7 @@ def train(config: Config) -> int:
             notes: list[str] = []
             if found is not None:
                 progress, notes = restore(session, found)
+                session.scheduler.step_update(progress.update)
                 notes.append(f"resumed from {found}: update {progress.update}, epoch {progress.epoch}")
             elif run.read_metrics():
                 notes.append(f"there is no checkpoint in {run.checkpoints}: the run starts again from zero")
@@ -189,6 +191,7 @@ def _train_epoch(loop: Loop) -> bool:
             return True
         if not last and _saves_at(config, progress.update):
             save(session, loop.run, progress)
+            loop.pace.restart(progress.update)
     return False
 
 
@@ -215,6 +218,8 @@ def _finish_epoch(loop: Loop) -> None:
 
 def run_update(loop: Loop, batches: Iterator[list[Tensor]], *, epoch: int, update: int) -> UpdateResult:
     """Do one optimizer update: forward and backward over the accumulation steps, check, clip, step, average.
+
+    An fp16 update that the gradient scaler skips still counts: the learning rate is a function of the position in the data.
 
     Args:
         update: number of the update within the epoch.

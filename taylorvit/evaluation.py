@@ -135,8 +135,7 @@ def evaluate_checkpoint(
         ValueError: the weights do not fit the model, or the classes of the data are not those of the checkpoint.
     """
     started = time.monotonic()
-    with accelerator.local_main_process_first():  # the embedded digits are written on first use
-        dataset = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
+    dataset = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
     variant = get_variant(variant_name, dataset) if variant_name else None
     if variant is None:
         check_num_classes(dataset, config.model.num_classes)

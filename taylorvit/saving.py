@@ -27,6 +27,7 @@ from taylorvit.export import export_model
 from taylorvit.models import build_model
 from taylorvit.run_folder import RunFolder
 from taylorvit.session import Session
+from taylorvit.suggest import nearest
 from taylorvit.weights import load_into, load_weights
 
 # Prefixes of settings that may differ between a run and its continuation without making it another run.
@@ -49,6 +50,42 @@ FREE_TO_CHANGE = (
     "train.grad_checkpointing",
     "train.channels_last",
     "train.finetune",
+)
+
+
+# Settings that may be changed on purpose, by naming them in `allow_change`: they leave positions and parameters as they are.
+CHANGEABLE = (
+    "optim.lr",
+    "optim.lr_scaling",
+    "optim.lr_base_batch_size",
+    "optim.weight_decay",
+    "optim.eps",
+    "optim.betas",
+    "optim.momentum",
+    "optim.max_grad_norm",
+    "schedule.name",
+    "schedule.epochs",
+    "schedule.warmup_epochs",
+    "schedule.warmup_lr",
+    "schedule.min_lr",
+    "train.mixed_precision",
+    "train.loss",
+    "model.drop_path_rate",
+    "model.drop_rate",
+    "augment.crop",
+    "augment.crop_padding",
+    "augment.crop_scale",
+    "augment.crop_ratio",
+    "augment.hflip",
+    "augment.three_augment",
+    "augment.color_jitter",
+    "augment.auto_augment",
+    "augment.random_erasing",
+    "augment.mixup_alpha",
+    "augment.cutmix_alpha",
+    "augment.mix_prob",
+    "augment.mix_switch_prob",
+    "augment.label_smoothing",
 )
 
 
@@ -135,15 +172,18 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
         saved: flattened config of the checkpoint.
         config: of this start; its `allow_change` names keys that may differ all the same.
     """
+    for key in config.allow_change:
+        if key not in CHANGEABLE:
+            raise ValueError(f"allow_change: {key!r} cannot change within a run{nearest(key, CHANGEABLE)}")
     current = flatten(config_to_dict(config))
-    free = (*FREE_TO_CHANGE, *config.allow_change)
-    changed = [key for key in current if saved.get(key) != current[key] and not key.startswith(free)]
+    changed = [key for key in current if saved.get(key) != current[key] and not key.startswith(FREE_TO_CHANGE)]
+    changed = [key for key in changed if key not in config.allow_change]
     if changed:
         shown = "; ".join(f"{key} {saved.get(key)!r} -> {current[key]!r}" for key in changed)
-        raise ValueError(
-            f"resume: these settings differ from the checkpoint's: {shown}; change them in a new run_dir, or say that you mean "
-            f"it with --allow_change '[{', '.join(changed)}]'"
+        hint = (
+            f", or say that you mean it with --allow_change '[{', '.join(changed)}]'" if set(changed) <= set(CHANGEABLE) else ""
         )
+        raise ValueError(f"resume: these settings differ from the checkpoint's: {shown}; change them in a new run_dir{hint}")
 
 
 def restore(session: Session, found: Path) -> tuple[Progress, list[str]]:
@@ -155,10 +195,12 @@ def restore(session: Session, found: Path) -> tuple[Progress, list[str]]:
     checkpoint = load_checkpoint(found)
     check_same_run(flatten(checkpoint.meta["config"]), session.config)
     _check_same_data(session, checkpoint)
+    configured = [dict(group) for group in session.optimizer.param_groups]
     state, scaler = checkpoint.meta["state"], session.accelerator.scaler
     if (scaler is None) != (state["scaler"] is None):  # the precision was changed on purpose: a new scale starts, or none
         state, scaler = state | {"scaler": None}, None
     unpack_state(checkpoint.tensors, state, session.bare_model, session.ema, session.optimizer, scaler)
+    _apply_changes(session, configured)
     return Progress(**checkpoint.meta["progress"]), _inexact(session, checkpoint)
 
 
@@ -216,6 +258,14 @@ def export_best(session: Session, run: RunFolder) -> str:
     return f"exported {source.path} ({kind} weights) to {run.export}"
 
 
+def _apply_changes(session: Session, configured: list[dict[str, Any]]) -> None:
+    """Give the optimizer this start's values of the settings that were changed on purpose; the checkpoint brought its own."""
+    named = [key.removeprefix("optim.") for key in session.config.allow_change if key.startswith("optim.")]
+    names = {"initial_lr" if name.startswith("lr") else name for name in named}
+    for group, wanted in zip(session.optimizer.param_groups, configured, strict=True):
+        group.update({name: wanted[name] for name in names & wanted.keys()})
+
+
 def _named_step(resume: str) -> Path:
     if not (Path(resume) / "manifest.json").is_file():
         raise ValueError(f"resume: {resume!r} is not auto, never or a step folder such as RUN_DIR/checkpoints/step-00001000")
@@ -235,8 +285,10 @@ def _check_same_data(session: Session, checkpoint: Checkpoint) -> None:
 def _inexact(session: Session, checkpoint: Checkpoint) -> list[str]:
     """Say why the continued run will not repeat the uninterrupted one bit for bit, where it will not."""
     saved, here = checkpoint.meta["split"], asdict(session.split)
-    changed = [key for key in ("world_size", "micro_batch_size", "accumulation") if saved[key] != here[key]]
-    if not changed:
-        return []
-    shown = ", ".join(f"{key} {saved[key]} -> {here[key]}" for key in changed)
-    return [f"{shown}: the same images in the same order, but sums round differently and drop path draws afresh"]
+    split = [f"{key} {saved[key]} -> {here[key]}" for key in saved if saved[key] != here[key] and key != "rank"]
+    notes = (
+        [f"{', '.join(split)}: same images, same order, but sums round differently and drop path draws afresh"] if split else []
+    )
+    before, now = checkpoint.meta["environment"]["packages"], session.environment["packages"]
+    versions = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    return notes + ([f"{', '.join(versions)}: other versions may draw or round differently"] if versions else [])

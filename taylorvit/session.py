@@ -100,9 +100,8 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
     check_mixing(config.augment, split.micro_batch_size)
     seed_all("init", config.seed)
     model = build_model(config.model)
-    with accelerator.local_main_process_first():  # the embedded digits are written on first use
-        train_set = build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans)
-        val_set = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
+    train_set = build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans)
+    val_set = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
     check_classes(train_set, val_set)
     check_num_classes(train_set, config.model.num_classes)
     updates_per_epoch = epoch_updates(len(train_set), config.train.global_batch_size)
@@ -117,6 +116,8 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
     scheduler = build_scheduler(optimizer, config.schedule, updates_per_epoch=updates_per_epoch)
     if config.train.compile:
         model.compile()  # in place: the names of the parameters stay as they are
+        if ema is not None:
+            ema.module.compile()  # evaluated like the raw weights
     model, optimizer = accelerator.prepare(model, optimizer)
     return Session(
         config=config,
@@ -131,7 +132,6 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
             augment=config.augment,
             img_size=config.model.img_size,
             seed=config.seed,
-            epoch=0,
             micro_batch_size=split.micro_batch_size,
             rank=split.rank,
             world_size=split.world_size,
@@ -179,7 +179,7 @@ def _describe_model(session: Session) -> list[str]:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     gigaflops = flops_per_image(session.config) / 1e9
     forms = attention_forms(model)
-    counted = ", ".join(f"{form} x {forms.count(form)}" for form in dict.fromkeys(forms))
+    counted = ", ".join(f"{form} x {forms.count(form)}" for form in dict.fromkeys(forms)) or "the network's own"
     return [
         f"model      {config.name}, attention {config.attention} {config.attention_options or ''}".rstrip(),
         f"           {parameters:,} parameters, {trained:,} trained, {gigaflops:.3f} GFLOP an image forward",
@@ -219,10 +219,8 @@ def _prepare_model(model: nn.Module, config: TrainConfig, *, finetune: bool) -> 
     """Load foreign weights, freeze and set checkpointing; return notes on what was adapted."""
     notes: list[str] = []
     if config.finetune and finetune:
-        state, _ = load_weights(config.finetune)
-        notes = [f"{config.finetune}: {note}" for note in load_into(model, state, adapt=True)] or [
-            f"{config.finetune}: as they are"
-        ]
+        state, source = load_weights(config.finetune, weights="best")
+        notes = [f"{source.path} ({source.weights})", *load_into(model, state, adapt=True)]
     if config.freeze == "backbone":
         freeze_backbone(model)
     if config.grad_checkpointing:

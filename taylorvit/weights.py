@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -190,6 +191,9 @@ def _load_export(path: Path) -> tuple[dict[str, Tensor], Source]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path / 'config.json'}: it is not a timm model's description ({error!r})") from error
     names = config.get("label_names") or card.get("label_names")
+    run_config = path.parent / "config.yaml"
+    if run_config.is_file():  # the export of a run, still in its folder: the run knows which data it belongs to
+        data = yaml.safe_load(run_config.read_text(encoding="utf-8"))["data"] | data
     state = _read_safetensors(path / "model.safetensors")
     return state, Source(str(path), "export", "raw", model_config=model, data_config=data, class_names=names)
 

@@ -210,7 +210,37 @@ def test_settings_named_in_allow_change_may_differ(undisturbed: Path, digit_fold
     changed = tiny_config(digit_folder, tmp_path / "run", optim__lr=1e-3, train__mixed_precision="bf16", resume="auto")
     with pytest.raises(ValueError, match=r"--allow_change '\[optim.lr, train.mixed_precision\]'"):
         train(changed)
+    with pytest.raises(ValueError, match="'optim.lrr' cannot change within a run; did you mean 'optim.lr'"):
+        train(replace(changed, allow_change=["optim.lrr"]))
     assert train(replace(changed, allow_change=["optim.lr", "train.mixed_precision"])) == 0
+
+
+def test_an_allowed_change_takes_effect_at_once(
+    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    seen: list[float] = []
+    original = engine.run_update
+
+    def watched(loop: engine.Loop, *arguments: object, **keywords: object) -> object:
+        seen.append(max(group["weight_decay"] for group in loop.session.optimizer.param_groups))
+        return original(loop, *arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "run_update", watched)
+    step = tmp_path / "run" / "checkpoints" / "step-00000014"
+    config = tiny_config(digit_folder, tmp_path / "run", optim__lr=3e-5, optim__weight_decay=0.7, resume=str(step))
+    train(replace(config, allow_change=["optim.lr", "optim.weight_decay"]))
+    assert seen == [0.7] * 4
+    records = [record for record in RunFolder(tmp_path / "run").read_metrics() if record["kind"] == "train"]
+    assert all(record["lr"] < 3.1e-5 for record in records if record["update"] > 14)
+
+
+def test_what_defines_positions_cannot_be_changed(undisturbed: Path, digit_folder: Path) -> None:
+    config = tiny_config(digit_folder, undisturbed, train__global_batch_size=8, resume="auto")
+    with pytest.raises(ValueError, match="train.global_batch_size 16 -> 8; change them in a new run_dir$"):
+        train(config)
+    with pytest.raises(ValueError, match="'train.global_batch_size' cannot change within a run"):
+        train(replace(config, allow_change=["train.global_batch_size"]))
 
 
 def test_a_failed_start_does_not_leave_an_old_status(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
@@ -306,7 +336,6 @@ def test_what_saves_memory_does_not_change_the_loss(
         {"model__attention": "softmax"},
         {"model__attention_options": {"form": "efficient"}},
         {"optim__layer_decay": 0.75, "optim__name": "adamw"},
-        {"train__freeze": "backbone", "train__ema_decay": None},
         pytest.param({"train__compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,

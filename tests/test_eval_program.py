@@ -91,7 +91,7 @@ def test_a_run_gives_what_training_logged(run: Path, evaluate: Evaluate, capsys:
 
 def test_every_kind_of_checkpoint_gives_the_same_figures(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     newest = list_checkpoints(run / "checkpoints")[-1]
-    whole, step, export = evaluate(run, newest, run / "export", f"--data.root={data_root(run)}", "--data.num_workers", 0)
+    whole, step, export = evaluate(run, newest, run / "export", "--data.num_workers", 0)  # an export knows its run's data
     (bare,) = evaluate(run / "export" / "model.safetensors", "--config", run / "config.yaml")
     config = ModelConfig(**load_weights(run)[1].model_config)
     model = build_model(config)
@@ -152,7 +152,7 @@ def test_settings_are_checked_with_the_checkpoint_s_others() -> None:
     """The default mean has three values, which a grey model must not meet; one value that the checkpoint has is right."""
     data = {"mean": [0.5], "std": [0.2], "crop_pct": 1.0, "interpolation": "bicubic"}
     source = Source("somewhere", "export", "raw", model_config={"in_chans": 3}, data_config=data)
-    config = program.checkpoint_config(source, ["--model.in_chans", "1"])
+    config = program.checkpoint_config(source, ["--model.in_chans", "1", "--data.root=x"])
     assert (config.model.in_chans, config.data.mean, config.train.mixed_precision) == (1, [0.5], "no")
     _, overrides = program.split_arguments(["x", "--model.in_chans=1"])
     assert overrides == ["--model.in_chans=1"]
@@ -161,7 +161,7 @@ def test_settings_are_checked_with_the_checkpoint_s_others() -> None:
 def test_a_checkpoint_s_own_wrong_setting_names_the_checkpoint() -> None:
     source = Source("some/step", "step", "raw", config={"model": {"widht": 3}})
     with pytest.raises(ValueError, match="some/step, line 2: unknown key 'model.widht'"):
-        program.checkpoint_config(source, [])
+        program.checkpoint_config(source, ["--data.root=x"])
 
 
 # Reports
@@ -227,6 +227,16 @@ def test_help_shows_what_an_evaluation_uses() -> None:
 def test_what_it_refuses(run: Path, evaluate: Evaluate, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(run, *arguments)
+
+
+def test_a_file_without_data_says_what_to_give(run: Path, evaluate: Evaluate) -> None:
+    with pytest.raises(ValueError, match="does not say which data it belongs to; give --data.dataset"):
+        evaluate(run / "export" / "model.safetensors")
+
+
+def test_outputs_are_checked_before_anything_is_loaded(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--per_class .*this is a folder"):
+        evaluate(tmp_path / "nothing", "--per_class", tmp_path)
 
 
 def test_a_step_is_chosen_of_a_run_only(run: Path, evaluate: Evaluate) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +17,9 @@ from helpers import as_arguments, assert_same_state, finish, history, launch, lo
 
 from taylorvit.checkpoint import list_checkpoints
 from taylorvit.config import Config
+from taylorvit.data import build_dataset
 from taylorvit.engine import train
+from taylorvit.randomness import numpy_generator
 from taylorvit.run_folder import RunFolder
 
 
@@ -87,6 +90,20 @@ def test_one_and_two_processes_train_on_the_same_images_at_the_same_rates(digit_
             assert left.get(key) == right.get(key)
 
 
+def test_the_process_that_failed_says_why_the_run_ended(digit_folder: Path, tmp_path: Path) -> None:
+    """A broken image that only the second process meets; the first one merely loses the connection."""
+    shutil.copytree(digit_folder, tmp_path / "data")
+    config = tiny_config(tmp_path / "data", tmp_path / "run")
+    order = numpy_generator("order", config.seed, 0).permutation(96)
+    image = build_dataset(config.data, "train", in_chans=3).sample_name(int(order[4]))  # rank 1 takes positions 4 to 7
+    Path(image).write_bytes(b"no image")
+    output = finish(start(config, processes=2), code=1)
+    errors = [line for line in output.splitlines() if line.startswith("error (process 1)")]
+    assert len(errors) == 1
+    assert f"cannot read image {image}: cannot identify image file" in errors[0]
+    assert image in RunFolder(tmp_path / "run").read_status()["message"]
+
+
 def test_sigterm_to_one_process_saves_and_ends_both(digit_folder: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     config = tiny_config(digit_folder, run_dir, checkpoint__every_updates=None, schedule__epochs=200)
@@ -97,17 +114,23 @@ def test_sigterm_to_one_process_saves_and_ends_both(digit_folder: Path, tmp_path
     psutil.Process(process.pid).children()[-1].terminate()
     process.communicate(timeout=60)
     status = RunFolder(run_dir).read_status()
+    assert world_size(run_dir) == 2
     assert status["state"] == "preempted"
     assert list_checkpoints(run_dir / "checkpoints")[-1].name == f"step-{status['update']:08d}"
 
 
-def test_ctrl_c_saves_and_leaves_with_the_shell_s_code(digit_folder: Path, tmp_path: Path) -> None:
+def test_a_second_start_is_refused_and_ctrl_c_saves_and_leaves_with_the_shell_s_code(
+    digit_folder: Path, tmp_path: Path
+) -> None:
     """The signal reaches the loader's workers too, as it does in a terminal."""
     run_dir = tmp_path / "run"
-    process = start(tiny_config(digit_folder, run_dir, checkpoint__every_updates=None, schedule__epochs=200))
+    config = tiny_config(digit_folder, run_dir, checkpoint__every_updates=None, schedule__epochs=2000)
+    process = start(config)
     while max(losses(run_dir), default=0) < 2:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
+    assert "is in use by process" in finish(start(config, "--resume=auto", processes=2), code=1)
+    assert RunFolder(run_dir).read_status()["state"] == "running"
     os.killpg(process.pid, signal.SIGINT)
     output = finish(process, code=128 + signal.SIGINT, timeout=60)
     assert "stopped by SIGINT after update" in output
@@ -123,6 +146,7 @@ def test_evaluation_on_two_processes_gives_the_figure_that_training_logged(two_p
         finish(launch("eval.py", arguments, processes=processes))
         raw, averaged = json.loads(file.read_text())
         assert (raw["images"], averaged["images"]) == (41, 41)
+        assert raw["world_size"] == processes
         assert (raw["top1"], raw["top5"]) == (logged["top1"], logged["top5"])
         assert (averaged["top1"], averaged["top5"]) == (logged["ema_top1"], logged["ema_top5"])
 

@@ -38,6 +38,14 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
     keywords = {**_sizes(config), **_extra_keywords(config)}
     if device is not None:
         keywords["device"] = device
+    try:
+        return _create(config, keywords)
+    except (TypeError, AssertionError, KeyError, RuntimeError) as error:  # how timm and torch refuse a keyword or a size
+        message = f"model {config.name!r} cannot be built with these settings: {type(error).__name__}: {error}"
+        raise ValueError(message) from error
+
+
+def _create(config: ModelConfig, keywords: dict[str, Any]) -> nn.Module:
     if config.name in MODEL_NAMES:
         return timm.create_model(
             config.name, attention=config.attention, attention_options=config.attention_options, **keywords
@@ -52,10 +60,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
         )
     if not timm.get_pretrained_cfg(config.name, allow_unregistered=False).fixed_input_size:
         del keywords["img_size"]
-    try:
-        return _create_foreign(config.name, keywords)
-    except (TypeError, AssertionError) as error:  # how timm's models refuse a keyword or a size
-        raise ValueError(f"timm model {config.name!r} refuses these settings: {error}") from error
+    return _create_foreign(config.name, keywords)
 
 
 def attention_forms(model: nn.Module, num_tokens: int | None = None) -> list[str]:

@@ -316,7 +316,8 @@ def _check_finite(session: Session, result: UpdateResult, *, epoch: int, positio
 
 
 def _write_status(loop: Loop, state: str, message: str) -> None:
-    if loop.session.accelerator.is_main_process:
+    failed_elsewhere = loop.run.read_status().get("state") == "failed"
+    if loop.session.accelerator.is_main_process and not failed_elsewhere:
         loop.run.write_status(state, update=loop.progress.update, epoch=loop.progress.epoch, message=message)
 
 

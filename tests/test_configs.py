@@ -240,7 +240,7 @@ def test_cpu_launch_file_starts_two_processes(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"\b2 process", result.stdout), result.stdout
-    assert "MULTI_CPU" in result.stdout
+    assert "= 2 process(es) x" in result.stdout
 
 
 def run_batch_script(folder: Path, *arguments: str, status: str, srun_code: int) -> tuple[int, list[str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -157,3 +159,29 @@ def test_a_wrong_setting_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert len(errors) == 1
     assert "optim.lerning_rate" in errors[0]
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_kills_at_random_moments_end_where_an_undisturbed_run_ends(
+    processes: int, digit_folder: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(processes)
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    changes = {"schedule__epochs": 40, "checkpoint__every_updates": 1, "checkpoint__keep_last": 3}
+    finish(start(tiny_config(digit_folder, undisturbed, **changes), processes=processes))
+    kills: list[int] = []
+
+    def is_due(target: int, deadline: float) -> bool:
+        return max(losses(run_dir), default=0) >= target and time.monotonic() >= deadline
+
+    while len(kills) < 10:
+        process = start(tiny_config(digit_folder, run_dir, **changes), "--resume=auto", processes=processes)
+        target = max(losses(run_dir), default=0) + chance.randint(1, 8)
+        kill_when(process, functools.partial(is_due, target, time.monotonic() + chance.uniform(0.0, 8.0)))
+        kills.append(max(losses(run_dir)))
+    finish(start(tiny_config(digit_folder, run_dir, **changes), "--resume=auto", processes=processes))
+    print(f"{processes} process(es), killed after updates {kills}")
+    assert world_size(run_dir) == processes
+    assert history(run_dir) == history(undisturbed)
+    assert_same_state(list_checkpoints(run_dir / "checkpoints")[-1], list_checkpoints(undisturbed / "checkpoints")[-1])

@@ -41,8 +41,7 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
     try:
         return _create(config, keywords)
     except (TypeError, AssertionError, KeyError, RuntimeError) as error:  # how timm and torch refuse a keyword or a size
-        message = f"model {config.name!r} cannot be built with these settings: {type(error).__name__}: {error}"
-        raise ValueError(message) from error
+        raise ValueError(f"model {config.name!r} refuses these settings: {type(error).__name__}: {error}") from error
 
 
 def _create(config: ModelConfig, keywords: dict[str, Any]) -> nn.Module:

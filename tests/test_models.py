@@ -390,7 +390,10 @@ def test_build_model_names_what_a_network_does_not_have() -> None:
             {"name": "vit_tiny_patch16_224", "attention": "softmax", "attention_options": {"form": "direct"}},
             r"no option 'form' \(options: none\)",
         ),
-        ({"name": "vit_tiny_patch16_224", "attention": "softmax", "num_heads": 5}, "refuses these settings: .*dim should be div"),
+        (
+            {"name": "vit_tiny_patch16_224", "attention": "softmax", "num_heads": 5},
+            "refuses these settings: .*dim should be div",
+        ),
         ({"name": "vit_tiny_patch16_224", "attention": "softmax", "kwargs": {"layerscale": 1}}, "refuses these settings"),
         ({"attention": "taylorshfit"}, "did you mean 'taylorshift'"),
         ({"attention_options": {"form": "fast"}}, "got 'fast'"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import as_arguments, assert_same_state, finish, history, launch, losses, tiny_config
+from helpers import ROOT, as_arguments, assert_same_state, finish, history, launch, losses, tiny_config
 
 from taylorvit.checkpoint import list_checkpoints
 from taylorvit.config import Config
@@ -159,6 +159,27 @@ def test_a_wrong_setting_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert len(errors) == 1
     assert "optim.lerning_rate" in errors[0]
     assert "Traceback" not in output
+
+
+def quick_start(folder: Path, *extra: str, processes: int) -> dict[str, object]:
+    """Run the quick start's configuration and return the last evaluation."""
+    arguments = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--device=cpu"]
+    folders = [f"--run_dir={folder / 'run'}", f"--data.root={folder / 'digits'}"]
+    finish(launch("train.py", [*arguments, *folders, *extra], processes=processes), timeout=900)
+    assert world_size(folder / "run") == processes
+    return [record for record in RunFolder(folder / "run").read_metrics() if record["kind"] == "evaluate"][-1]
+
+
+def test_the_quick_start_runs_on_two_processes(tmp_path: Path) -> None:
+    last = quick_start(tmp_path, "--schedule.epochs=4", processes=2)
+    assert last["samples"] == 355
+    assert last["top1"] > 30  # three times chance after a tenth of its epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_quick_start_reaches_95_per_cent(processes: int, tmp_path: Path) -> None:
+    assert quick_start(tmp_path, processes=processes)["top1"] >= 95
 
 
 @pytest.mark.slow

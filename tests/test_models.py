@@ -67,6 +67,13 @@ def test_importing_the_package_registers_the_models() -> None:
     assert not timm.list_models("taylorvit*", pretrained=True)
 
 
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_the_card_s_input_size_is_the_model_s(name: str) -> None:
+    """A fixed_input_size card tells timm to build the model for its images, as for every ViT."""
+    model = timm.create_model(name, depth=1, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    assert model.patch_embed.img_size == (64, 64)
+
+
 @each_model
 @each_attention
 def test_data_config_is_the_authors_evaluation(name: str, attention: str) -> None:

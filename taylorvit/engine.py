@@ -30,7 +30,7 @@ from taylorvit.saving import (
     restore,
     save,
 )
-from taylorvit.session import Session, build_session, describe, flops_per_image, total_peak_flops
+from taylorvit.session import Session, build_session, describe, total_peak_flops
 from taylorvit.signals import StopRequest
 
 
@@ -133,7 +133,7 @@ def _build_loop(session: Session, run: RunFolder, progress: Progress, stop: Stop
     accelerator.print("\n".join([*describe(session), *(f"note       {note}" for note in notes)]), flush=True)
     pace = Pace(
         images_per_update=session.split.global_batch_size,
-        training_flops=3 * flops_per_image(config),  # the backward pass costs twice the forward
+        training_flops=3 * session.flops_per_image,  # the backward pass costs twice the forward
         peak_flops=total_peak_flops(session),
         device=accelerator.device,
     )
@@ -316,8 +316,8 @@ def _check_finite(session: Session, result: UpdateResult, *, epoch: int, positio
 
 
 def _write_status(loop: Loop, state: str, message: str) -> None:
-    failed_elsewhere = loop.run.read_status().get("state") == "failed"
-    if loop.session.accelerator.is_main_process and not failed_elsewhere:
+    """Let the main process say how the run stands, unless another one already said that it failed."""
+    if loop.session.accelerator.is_main_process and loop.run.read_status().get("state") != "failed":
         loop.run.write_status(state, update=loop.progress.update, epoch=loop.progress.epoch, message=message)
 
 

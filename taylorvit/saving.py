@@ -233,7 +233,7 @@ def save(
 
 
 def leave_the_future(run: RunFolder, progress: Progress) -> list[str]:
-    """Set checkpoints and metrics after `progress` aside, which a run that goes back to an earlier step writes again."""
+    """Set the checkpoints after `progress` aside, which a run that goes back to an earlier step writes again; return notes."""
     aside = set_newer_aside(run.checkpoints, progress.update)
     return [f"{path.name} holds updates after the one this run goes back to" for path in aside]
 

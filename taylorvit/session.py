@@ -73,6 +73,12 @@ class Session:
         """Versions, commit and hardware, as they go into checkpoints."""
         return describe_environment()
 
+    @cached_property
+    def flops_per_image(self) -> int:
+        """Forward FLOPs of one image (matrix products; a multiply-add is two)."""
+        config = self.config.model
+        return forward_flops(build_model(config, device="meta"), (config.in_chans, config.img_size, config.img_size))
+
     @property
     def bare_model(self) -> nn.Module:
         """The model without its DistributedDataParallel wrapper."""
@@ -155,12 +161,6 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
     )
 
 
-def flops_per_image(config: Config) -> int:
-    """Return the forward FLOPs of one image (matrix products; a multiply-add is two)."""
-    model = build_model(config.model, device="meta")
-    return forward_flops(model, (config.model.in_chans, config.model.img_size, config.model.img_size))
-
-
 def total_peak_flops(session: Session) -> float | None:
     """Return the peak FLOP/s of all processes' devices: the config's, or the table's, or None where it is unknown."""
     stated = session.config.log.peak_tflops
@@ -177,7 +177,7 @@ def _describe_model(session: Session) -> list[str]:
     config, model = session.config.model, session.bare_model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    gigaflops = flops_per_image(session.config) / 1e9
+    gigaflops = session.flops_per_image / 1e9
     forms = attention_forms(model)
     counted = ", ".join(f"{form} x {forms.count(form)}" for form in dict.fromkeys(forms)) or "the network's own"
     return [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..complexity import cheaper_form
-from . import reference
+from . import cpu, reference
 
 Form = Literal["auto", "direct", "efficient"]
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -27,6 +27,7 @@ Implementation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 FORMS: tuple[str, ...] = get_args(Form)
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "reference": {"direct": reference.direct, "efficient": reference.efficient},
+    "cpu": {"direct": cpu.direct, "efficient": cpu.efficient},
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

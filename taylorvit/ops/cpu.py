@@ -1,0 +1,198 @@
+"""The CPU implementation: one PyTorch operator for the forward and one for the backward pass of each form.
+
+An operator takes a few heads at a time. What both forms need before the sums (unit vectors, centred values) and after them (the
+division, the gradient of the unit vectors) is here; the sums, where the time goes, are in `cpu_direct` and `cpu_efficient`.
+
+The weights are a mean, so the values can be centred first and their mean added at the end. That drops the constant of the
+polynomial from the numerator, where it would cancel, and keeps the digits of values that differ by less than their mean.
+
+All is computed in fp32, or fp64 for fp64 inputs. Nothing of size N x N or N x D^2 is ever held. Derivation: README.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu_direct, cpu_efficient
+from .pieces import pieces
+from .reference import GRADIENT_LENGTH, ZERO_LENGTH
+
+Tensors = tuple[Tensor, ...]
+
+
+def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    """Compute the attention in O(N^2 D) operations, tile by tile. Arguments and result as in `reference.direct`."""
+    return _direct(q, k, v, temperature)[0]
+
+
+def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    """Compute the attention in O(N D^3) operations, chunk by chunk. Arguments and result as in `reference.efficient`."""
+    return _efficient(q, k, v, temperature)[0]
+
+
+@torch.library.custom_op("taylorvit::direct", mutates_args=(), device_types="cpu")
+def _direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, and for the backward pass the means of the centred values (B, H, N, D) and the weights' sums (B, H, N, 1)."""
+    y, means, sums = _forward(cpu_direct, q, k, v, temperature)
+    return y, means, sums
+
+
+@torch.library.custom_op("taylorvit::efficient", mutates_args=(), device_types="cpu")
+def _efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_direct` returns and the state of every head (B, H, rows, D)."""
+    y, means, sums, state = _forward(cpu_efficient, q, k, v, temperature)
+    return y, means, sums, state
+
+
+@torch.library.custom_op("taylorvit::direct_backward", mutates_args=(), device_types="cpu")
+def _direct_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, means: Tensor, sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and temperature from that of y."""
+    return _backward(cpu_direct, grad, q, k, v, temperature, means, sums)
+
+
+@torch.library.custom_op("taylorvit::efficient_backward", mutates_args=(), device_types="cpu")
+def _efficient_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, means: Tensor, sums: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and temperature from that of y."""
+    return _backward(cpu_efficient, grad, q, k, v, temperature, means, sums, state)
+
+
+@_direct.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensors:
+    return _empty_results(cpu_direct, q)
+
+
+@_efficient.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensors:
+    return _empty_results(cpu_efficient, q)
+
+
+@_direct_backward.register_fake
+@_efficient_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved: Tensor) -> Tensors:
+    return *(_empty_like_tokens(q) for _ in range(3)), torch.empty_like(temperature)
+
+
+def _save(ctx: Any, inputs: Tensors, output: Tensors) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+    ctx.set_materialize_grads(False)
+
+
+_direct.register_autograd(lambda ctx, grad, *_: _direct_backward(grad, *ctx.saved_tensors), setup_context=_save)
+_efficient.register_autograd(lambda ctx, grad, *_: _efficient_backward(grad, *ctx.saved_tensors), setup_context=_save)
+
+
+def _forward(form: ModuleType, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensors:
+    """Compute y and what the backward pass needs, a few heads at a time."""
+    num_tokens, head_dim = q.shape[-2:]
+    scale = math.sqrt(num_tokens / head_dim)
+    results = _empty_results(form, q)
+    for group in _groups(form, q):
+        y, means, sums, *state = (x[group] for x in results)
+        queries, keys, values, centre = _prepare(q[group], k[group], v[group], temperature[group[1]])
+        numerator, weight_sum, *new_state = form.forward(queries, keys, values)
+        torch.add(weight_sum.view(sums.shape), num_tokens, out=sums)
+        torch.div(numerator.view(means.shape), sums, out=means)
+        torch.add(centre * scale, means, alpha=scale, out=y)
+        for stored, new in zip(state, new_state, strict=True):
+            stored.copy_(new.view(stored.shape))
+    return results
+
+
+def _backward(
+    form: ModuleType, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the gradients, a few heads at a time."""
+    num_tokens, head_dim = q.shape[-2:]
+    scale = math.sqrt(num_tokens / head_dim)
+    dq, dk, dv = (_empty_like_tokens(q) for _ in range(3))
+    dtemperature = temperature.new_zeros(len(temperature), dtype=_sum_dtype(q))
+    for group in _groups(form, q):
+        means, sums, *state = (x[group] for x in saved)
+        queries, keys, values, _ = _prepare(q[group], k[group], v[group], temperature[group[1]])
+        dnumerator = _contiguous(torch.mul, grad[group], scale / sums)  # (n, N, D)
+        dsum = (dnumerator * means.view_as(dnumerator)).sum(dim=-1, keepdim=True).neg_()  # (n, N, 1)
+        dqueries, dkeys, dvalues = form.backward(queries, keys, values, dnumerator, dsum, *(x.flatten(0, 1) for x in state))
+        dvalues.add_(dnumerator.sum(dim=1, keepdim=True))  # the polynomial's constant
+        dv[group] = dvalues.view(means.shape)
+        _unit_gradient(k[group], dkeys, 1.0, dk[group])
+        tau = _per_head(temperature[group[1]], means.dtype)
+        radial = _unit_gradient(q[group], dqueries, tau, dq[group])
+        dtemperature[group[1]] += radial.sum(dim=(0, 2, 3))
+    return dq, dk, dv, dtemperature.to(temperature.dtype)
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return unit queries times the temperature, unit keys and centred values, (n, N, D) each, and the centre (b, h, 1, D)."""
+    dtype = _sum_dtype(q)
+    queries = _contiguous(torch.mul, q, _per_head(temperature, dtype) / _lengths(q))
+    keys = _contiguous(torch.div, k, _lengths(k))
+    centre = v.mean(dim=-2, keepdim=True, dtype=dtype)
+    return queries, keys, _contiguous(torch.sub, v, centre), centre
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Return |x| as the reference divides by it: not below ZERO_LENGTH, NaN where it leaves the range of the dtype."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_sum_dtype(x)).clamp_(min=ZERO_LENGTH)
+    return length.nan_to_num_(nan=math.nan, posinf=math.nan)
+
+
+def _unit_gradient(x: Tensor, dunit: Tensor, factor: Tensor | float, dx: Tensor) -> Tensor:
+    """Write to dx the gradient of x from `factor` times that of x / |x|; return the part along x / |x|, without the factor."""
+    length = _lengths(x)
+    unit, dunit = x / length, dunit.view(x.shape)
+    radial = (unit * dunit).sum(dim=-1, keepdim=True)
+    torch.mul(dunit.addcmul_(unit, radial, value=-1), factor / length.clamp_(min=GRADIENT_LENGTH), out=dx)
+    return radial
+
+
+def _contiguous(function: Callable[..., Tensor], x: Tensor, other: Tensor) -> Tensor:
+    """Call function(x, other) and lay the result, (b, h, N, D) of any strides, out as (b h, N, D)."""
+    result = other.new_empty(x.shape)
+    function(x, other, out=result)
+    return result.flatten(0, 1)
+
+
+def _per_head(temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    return temperature.to(dtype)[:, None, None]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _groups(form: ModuleType, q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, H) into groups of heads: all heads of some images, or some heads of one."""
+    batch, num_heads, num_tokens, head_dim = q.shape
+    if not q.numel():
+        return
+    at_once = form.heads_at_once(num_tokens, head_dim)
+    for images in pieces(batch, max(1, at_once // num_heads)):
+        for heads in pieces(num_heads, at_once):
+            yield images, heads
+
+
+def _empty_results(form: ModuleType, q: Tensor) -> Tensors:
+    """Make room for y, the means of the centred values, the weights' sums, and the state if the form has one."""
+    batch, num_heads, num_tokens, head_dim = q.shape
+    dtype = _sum_dtype(q)
+    means = q.new_empty(q.shape, dtype=dtype)
+    sums = q.new_empty(batch, num_heads, num_tokens, 1, dtype=dtype)
+    state_shape = form.state_shape(head_dim)
+    state = [q.new_empty(batch, num_heads, *state_shape, dtype=dtype)] if state_shape else []
+    return _empty_like_tokens(q), means, sums, *state
+
+
+def _empty_like_tokens(q: Tensor) -> Tensor:
+    """Return an empty (B, H, N, D) in storage order (B, N, H, D): what the layer does next, joining the heads, needs no copy."""
+    batch, num_heads, num_tokens, head_dim = q.shape
+    return q.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)

@@ -1,0 +1,136 @@
+"""The sums of the efficient form on CPU: circulant features of a chunk of tokens, one matrix product a chunk.
+
+The features of x are the blocks x * roll(x, -delta) for delta = 0 ... D // 2, each D wide: every product x_a x_b is there, so
+(q . k)^2 = sum over features of coefficient * feature(q) * feature(k). They are laid out as (features, tokens): with x twice in
+a row, every block is one contiguous piece of storage and all of them are one multiplication. x itself stands before them and
+carries the linear term. The state has D columns and (D // 2 + 2) D rows, whatever N is.
+
+q holds unit vectors times the temperature, k unit vectors, v values with mean zero: (n, N, D) for n heads, contiguous, fp32 or fp64.
+The polynomial is p(x) = x^2 / 2 + x, without its constant, which the caller adds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .pieces import pieces
+from .reference import A
+
+CHUNK_TOKENS = 256
+FEATURES_PER_THREAD = 640_000  # numbers of one chunk's features, of all heads, that a thread should have in hand
+
+
+def heads_at_once(num_tokens: int, head_dim: int) -> int:
+    """Return how many heads one call should take."""
+    return max(1, FEATURES_PER_THREAD * torch.get_num_threads() // (_num_rows(head_dim) * CHUNK_TOKENS))
+
+
+def state_shape(head_dim: int) -> tuple[int, ...]:
+    """Return the shape of the state that `forward` returns for each head."""
+    return _num_rows(head_dim), head_dim
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sum_j p(x_ij) v_j, (n, N, D), sum_j p(x_ij), (n, N, 1), and the state for `backward`, (n, rows, D)."""
+    num_heads, num_tokens, head_dim = q.shape
+    storage = _storage(q)
+    state = q.new_zeros(num_heads, *state_shape(head_dim))
+    for chunk in pieces(num_tokens, CHUNK_TOKENS):
+        _, features = _features(k, chunk, storage)
+        state.baddbmm_(features, v[:, chunk])
+    state.mul_(_coefficients(state))
+
+    numerator = torch.empty_like(q)
+    for chunk in pieces(num_tokens, CHUNK_TOKENS):
+        _, features = _features(q, chunk, storage)
+        torch.bmm(features.mT, state, out=numerator[:, chunk])
+    gram, key_sum = k.mT @ k, k.sum(dim=1, keepdim=True)
+    weight_sum = torch.baddbmm(key_sum, q, gram, alpha=A).mul_(q).sum(dim=-1, keepdim=True)
+    return numerator, weight_sum, state
+
+
+def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_sum: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v, (n, N, D) each.
+
+    grad: gradient of the numerator (n, N, D); grad_sum: gradient of the sum of the p (n, N, 1); state: from `forward`.
+    The constant of the polynomial is not in the gradient of v.
+    """
+    num_tokens = q.shape[1]
+    storage, grad_storage = _storage(q), _storage(q)
+    gram, key_sum = k.mT @ k, k.sum(dim=1, keepdim=True)
+    dq = torch.baddbmm(key_sum, q, gram, alpha=2 * A).mul_(grad_sum)
+    dstate = torch.zeros_like(state)
+    for chunk in pieces(num_tokens, CHUNK_TOKENS):
+        doubled, features = _features(q, chunk, storage)
+        dstate.baddbmm_(features, grad[:, chunk])
+        dfeatures = torch.bmm(state, grad[:, chunk].mT, out=_view(grad_storage, state, chunk))
+        dq[:, chunk] += _fold(dfeatures, doubled).mT
+    dstate.mul_(_coefficients(dstate))
+
+    weighted = grad_sum * q
+    dk = torch.baddbmm(weighted.sum(dim=1, keepdim=True), k, weighted.mT @ q, alpha=2 * A)
+    dv = torch.empty_like(v)
+    for chunk in pieces(num_tokens, CHUNK_TOKENS):
+        doubled, features = _features(k, chunk, storage)
+        torch.bmm(features.mT, dstate, out=dv[:, chunk])
+        dfeatures = torch.bmm(dstate, v[:, chunk].mT, out=_view(grad_storage, state, chunk))
+        dk[:, chunk] += _fold(dfeatures, doubled).mT
+    return dq, dk, dv
+
+
+def _features(x: Tensor, chunk: slice, storage: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x of a chunk transposed and twice in a row, (n, 2 D, tokens), and its features, (n, rows, tokens)."""
+    num_heads, _, head_dim = x.shape
+    tokens, blocks = chunk.stop - chunk.start, head_dim // 2 + 1
+    block = head_dim * tokens
+    size = (blocks + 2) * block
+    everything = storage[: num_heads * size].view(num_heads, -1, tokens)
+    doubled = everything[:, : 2 * head_dim]
+    doubled[:, :head_dim] = x[:, chunk].mT
+    doubled[:, head_dim:] = doubled[:, :head_dim]
+    rolled = storage.as_strided((num_heads, blocks, block), (size, tokens, 1))
+    products = storage.as_strided((num_heads, blocks, block), (size, block, 1), 2 * block)
+    torch.mul(rolled[:, :1], rolled, out=products)
+    return doubled, everything[:, head_dim:]
+
+
+def _fold(dfeatures: Tensor, doubled: Tensor) -> Tensor:
+    """Return the gradient of x, (n, D, tokens), from that of its features: d(x_a x_b) = x_b dx_a + x_a dx_b."""
+    num_heads, _, tokens = doubled.shape
+    head_dim = doubled.shape[1] // 2
+    blocks = dfeatures.view(num_heads, -1, head_dim, tokens)
+    dx = torch.zeros_like(doubled)
+    first, x = dx[:, :head_dim], doubled[:, :head_dim]
+    first.copy_(blocks[:, 0])  # the linear term
+    for delta, block in enumerate(blocks.unbind(1)[1:]):
+        rolled = slice(delta, delta + head_dim)
+        first.addcmul_(block, doubled[:, rolled])
+        dx[:, rolled].addcmul_(block, x)
+    return first.add_(dx[:, head_dim:])
+
+
+def _coefficients(state: Tensor) -> Tensor:
+    """Return what multiplies the features: 1 for x; A, and for each product that stands for two, 2 A: (rows, 1)."""
+    head_dim = state.shape[-1]
+    coefficients = state.new_full((head_dim // 2 + 2, head_dim, 1), 2 * A)
+    coefficients[0] = 1
+    coefficients[1] = A  # x_a x_a
+    if head_dim % 2 == 0:
+        coefficients[-1] = A  # delta = D / 2 visits every pair twice
+    return coefficients.view(-1, 1)
+
+
+def _num_rows(head_dim: int) -> int:
+    return (head_dim // 2 + 2) * head_dim
+
+
+def _storage(x: Tensor) -> Tensor:
+    num_heads, num_tokens, head_dim = x.shape
+    return x.new_empty(num_heads * (_num_rows(head_dim) + head_dim) * min(num_tokens, CHUNK_TOKENS))
+
+
+def _view(storage: Tensor, state: Tensor, chunk: slice) -> Tensor:
+    num_heads, rows, _ = state.shape
+    tokens = chunk.stop - chunk.start
+    return storage[: num_heads * rows * tokens].view(num_heads, rows, tokens)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -141,18 +142,17 @@ def _heads(num_heads: int | None, head_dims: list[int] | None, width: int | None
 
 
 def _positive_int(text: str) -> int:
-    return int(_positive(text, int(text) if text.lstrip("+-").isdigit() else 0))
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, got {text!r}")
+    return int(text)
 
 
 def _positive_float(text: str) -> float:
     try:
-        return _positive(text, float(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text!r}") from error
-
-
-def _positive(text: str, number: float) -> float:
-    if not 0 < number < float("inf"):
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text!r}")
     return number
 

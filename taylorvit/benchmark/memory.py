@@ -4,7 +4,8 @@ Results, gradients, tensors saved for the backward pass and scratch space count;
 
 On a GPU the allocator counts. On a CPU nobody does, so the call is made in a fresh process and the kernel's high-water mark of
 resident memory is read (Linux: VmHWM, which writing 5 to /proc/self/clear_refs resets). On other systems the answer is None.
-glibc is told to return every freed block of 64 KiB or more at once, so that nothing freed before hides what the call needs.
+glibc is told to return every freed block of 64 KiB or more at once, so that nothing freed before hides what the call needs;
+smaller blocks may lie in memory that was resident before, so figures below RESOLUTION mean no more than that.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
+RESOLUTION = 2**18  # bytes
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 

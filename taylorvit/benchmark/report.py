@@ -13,6 +13,7 @@ from typing import Any
 
 from ..complexity import Packing, flops_crossover, memory_crossover
 from .measure import Row
+from .memory import RESOLUTION
 
 FIELDS = [field.name for field in dataclasses.fields(Row)]
 QUANTITIES = {"seconds": "time of one call [s]", "peak_bytes": "peak extra memory of one call [bytes]"}
@@ -124,9 +125,15 @@ def _cells(row: Row) -> list[str]:
         "" if row.speedup is None else f"{row.speedup:.2f}",
         "" if row.speedup is None else f"{row.speedup_low:.2f} - {row.speedup_high:.2f}",
         "" if row.gflops is None else f"{row.gflops:.3g}",
-        "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.4g} MiB",
+        _mebibytes(row.peak_bytes),
         error,
     ]
+
+
+def _mebibytes(size: int | None) -> str:
+    if size is None:
+        return ""
+    return f"{size / 2**20:.4g} MiB" if size >= RESOLUTION else f"< {RESOLUTION / 2**20} MiB"
 
 
 def _time(seconds: float | None) -> str:

@@ -1,0 +1,407 @@
+"""The measuring package: paired times on a drifting clock, memory of a known size, right peers, and wrong ones refused."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from taylorvit.benchmark import paper
+from taylorvit.benchmark.case import Case
+from taylorvit.benchmark.check import check
+from taylorvit.benchmark.measure import Row, Settings, measure
+from taylorvit.benchmark.memory import _reason, can_measure_on_cpu, is_out_of_memory, peak_bytes_on_cpu
+from taylorvit.benchmark.peers import Peer, all_peers
+from taylorvit.benchmark.provenance import git_state, provenance
+from taylorvit.benchmark.report import ResultFiles, crossovers, draw, markdown_table
+from taylorvit.benchmark.timing import CandidateError, compare, default_stopwatch, make_input_sets, spread, time_on_cpu
+from taylorvit.complexity import entries_direct, ops_direct, ops_efficient
+from taylorvit.ops import IMPLEMENTATIONS, reference
+
+QUICK = Settings(seconds=1e-3, min_rounds=2, num_input_sets=2)
+
+
+class Machine:
+    """A clock on which only calls take time: `cost` seconds, times a factor that changes every `period` measurements."""
+
+    def __init__(self, *, period: int = 1, drift: float = 1.0) -> None:
+        self.now, self.factor, self.measured = 0.0, 1.0, 0
+        self.period, self.drift = period, drift
+        self.calls: list[tuple[str, object]] = []
+
+    def candidate(self, name: str, cost: float) -> Callable[[object], None]:
+        def call(inputs: object) -> None:
+            self.calls.append((name, inputs))
+            self.now += cost * self.factor
+
+        return call
+
+    def stopwatch(self, run: Callable[[], None]) -> float:
+        self.factor = self.drift ** (self.measured // self.period)
+        self.measured += 1
+        start = self.now
+        run()
+        return self.now - start
+
+
+def test_a_ratio_is_taken_within_the_rounds() -> None:
+    machine = Machine(period=2, drift=3.0)  # each round takes three times as long as the one before
+    candidates = {"slow": machine.candidate("slow", 2.0), "fast": machine.candidate("fast", 0.5)}
+    result = compare(candidates, lambda i: (i,), min_batch_seconds=0, min_rounds=5, seconds=1e-9, stopwatch=machine.stopwatch)
+    assert result.num_rounds == 5
+    assert result.seconds("fast").high > 3 * result.seconds("fast").median
+    ratio = result.speedup("fast", over="slow")
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((4.0, 4.0, 4.0))
+
+
+def test_every_candidate_is_called_once_a_round_on_the_same_inputs_in_changing_order() -> None:
+    machine = Machine()
+    names = ["a", "b", "c"]
+    candidates = {name: machine.candidate(name, 1.0) for name in names}
+    compare(
+        candidates, lambda i: (i,), num_input_sets=4, min_batch_seconds=0, min_rounds=12, seconds=1, stopwatch=machine.stopwatch
+    )
+    timed = machine.calls[-3 * 12 :]
+    rounds = [timed[start : start + 3] for start in range(0, len(timed), 3)]
+    assert all(sorted(name for name, _ in calls) == names for calls in rounds)
+    assert [{inputs for _, inputs in calls} for calls in rounds] == [{number % 4} for number in range(12)]
+    assert len({tuple(name for name, _ in calls) for calls in rounds}) > 1
+
+
+def test_short_calls_are_repeated_over_rotating_inputs_and_divided_out() -> None:
+    machine = Machine()
+    result = compare(
+        {"short": machine.candidate("short", 1e-4), "long": machine.candidate("long", 1.0)},
+        lambda i: (i,),
+        num_input_sets=3,
+        min_batch_seconds=2e-3,
+        min_rounds=2,
+        stopwatch=machine.stopwatch,
+    )
+    assert result.repetitions["long"] == 1
+    assert 20 <= result.repetitions["short"] < 30
+    assert result.seconds("short").median == pytest.approx(1e-4)
+    inputs = [inputs for name, inputs in machine.calls if name == "short"][-result.repetitions["short"] :]
+    assert all((after - before) % 3 == 1 for before, after in itertools.pairwise(inputs))
+
+
+def test_the_budget_is_shared_and_the_least_number_of_rounds_kept() -> None:
+    for seconds, rounds in ((10.0, 8), (0.01, 5)):
+        machine = Machine()
+        candidates = {"a": machine.candidate("a", 2.0), "b": machine.candidate("b", 0.5)}
+        result = compare(candidates, lambda i: (i,), seconds=seconds, min_rounds=5, stopwatch=machine.stopwatch)
+        assert result.num_rounds == rounds
+
+
+def test_the_number_of_input_sets_stays_within_the_memory_given() -> None:
+    def make(index: int) -> tuple[Tensor, int]:
+        return torch.full((256,), float(index)), index
+
+    assert [index for _, index in make_input_sets(make, 8, 2**20)] == list(range(8))
+    assert len(make_input_sets(make, 8, 3 * 1024 + 5)) == 3
+    assert len(make_input_sets(make, 8, 10)) == 1
+
+
+def test_a_candidate_that_fails_is_named() -> None:
+    def broken(x: Tensor) -> None:
+        raise KeyError("odd")
+
+    with pytest.raises(CandidateError, match="odd") as caught:
+        compare({"good": torch.sin, "bad": broken}, lambda i: (torch.ones(3),), seconds=1e-4)
+    assert caught.value.name == "bad"
+    assert isinstance(caught.value.cause, KeyError)
+    with pytest.raises(ValueError, match="nothing"):
+        compare({}, lambda i: (torch.ones(3),))
+
+
+def test_real_time_on_cpu_tells_a_long_call_from_a_short_one() -> None:
+    candidates = {"long": lambda x: [x.sin() for _ in range(40)], "short": lambda x: x.sin()}
+    result = compare(candidates, lambda i: (torch.randn(10_000),), seconds=0.02)
+    assert default_stopwatch((torch.ones(1),)) is time_on_cpu
+    assert 10 < result.speedup("short", over="long").median < 160
+
+
+def test_the_spread_is_median_and_outer_tenths() -> None:
+    found = spread([float(x) for x in range(11)])
+    assert (found.median, found.low, found.high) == pytest.approx((5.0, 1.0, 9.0))
+    assert spread([3.0]).high == 3.0
+
+
+ALLOCATION = """
+import torch
+from taylorvit.benchmark.memory import Prepared
+
+MIB = 2**18  # of fp32
+
+def prepare(scratch, result):
+    inputs, hidden = torch.ones(16 * MIB), torch.ones(90 * MIB)  # `hidden` is freed before the call
+
+    def call():
+        torch.ones(scratch * MIB).sum()
+        return torch.ones(result * MIB) + inputs[0], torch.ones(result * MIB)
+
+    return Prepared(lambda: hidden.sum(), call)
+"""
+
+
+@pytest.mark.skipif(not can_measure_on_cpu(), reason="this system does not tell the peak of resident memory")
+def test_the_peak_of_a_known_allocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "allocation.py").write_text(ALLOCATION)
+    monkeypatch.syspath_prepend(tmp_path)
+    peak = peak_bytes_on_cpu("allocation:prepare", {"scratch": 60, "result": 20})
+    assert peak == pytest.approx(60 * 2**20, rel=0.2)
+
+
+@pytest.mark.skipif(not can_measure_on_cpu(), reason="this system does not tell the peak of resident memory")
+@pytest.mark.parametrize(
+    ("code", "stdout", "error"),
+    [
+        (-9, "", MemoryError),
+        (0, "a warning\nout of memory\n", MemoryError),
+        (1, "", RuntimeError),
+    ],
+    ids=["killed", "refused", "failed"],
+)
+def test_a_process_that_could_not_measure(
+    monkeypatch: pytest.MonkeyPatch, code: int, stdout: str, error: type[Exception]
+) -> None:
+    done = subprocess.CompletedProcess([], code, stdout, "x.y.BadError: too odd")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
+    with pytest.raises(error, match="too odd" if error is RuntimeError else "memory"):
+        peak_bytes_on_cpu("module:function", {})
+
+
+def test_memory_is_unknown_where_the_system_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("taylorvit.benchmark.memory.CLEAR_REFS", tmp_path / "no" / "such")
+    assert peak_bytes_on_cpu("anything:at_all", {}) is None
+
+
+def test_what_a_process_died_of() -> None:
+    assert _reason("Traceback\n  File x\nmy.module.BadError: too odd\n\nhint: set THIS") == "my.module.BadError: too odd"
+    assert _reason("") == "no message"
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_there_is_a_peer_for_every_implementation() -> None:
+    known = all_peers()
+    assert {f"taylor_{form}_{impl}" for impl, forms in IMPLEMENTATIONS.items() for form in forms} <= known.keys()
+    assert {"sdpa", "sdpa_math", "flex", "paper_direct", "paper_efficient", "taylor_auto"} <= known.keys()
+    assert all(name == peer.name for name, peer in known.items())
+
+
+@pytest.mark.parametrize("form", ["direct", "efficient"])
+@pytest.mark.parametrize("shape", [(2, 3, 50, 8), (1, 1, 1, 4), (1, 2, 80, 16)], ids=str)
+def test_the_papers_way_of_computing_is_the_same_function(form: str, shape: tuple[int, int, int, int]) -> None:
+    case = Case(*shape, dtype="float64", training=True)
+    inputs = case.make_inputs(3)
+    computed = case.bind(getattr(paper, form), "taylor")(*inputs)
+    for ours, theirs in zip(computed, case.bind(reference.direct, "taylor")(*inputs)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_every_peer_is_right(dtype: str, training: bool) -> None:
+    case = Case(1, 2, 150, 8, dtype, training)
+    checked = 0
+    for peer in all_peers().values():
+        if peer.compiled or peer.obstacle(case):
+            continue
+        call = case.bind(peer.build(), peer.truth)
+        for limit in (2**28, 1000):
+            verdict = check(call, peer.truth, case, max_truth_bytes=limit)
+            assert verdict.passed, f"{peer.name}: {verdict}"
+            assert verdict.num_queries == (150 if limit > 1000 else 64)
+        checked += 1
+    assert checked >= 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flex", "compiled_reference_direct", "compiled_reference_efficient"])
+def test_a_compiled_peer_is_right(name: str) -> None:
+    peer = all_peers()[name]
+    for training in (False, True):
+        case = Case(1, 2, 70, 16, training=training)
+        if reason := peer.obstacle(case):
+            assert name == "flex", reason
+            assert "backward" in reason
+            continue
+        verdict = check(case.bind(peer.build(), peer.truth), peer.truth, case)
+        assert verdict.passed, verdict
+
+
+def forgets_the_half(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    x = temperature[:, None, None] * reference.unit_vectors(q) @ reference.unit_vectors(k).mT
+    w = x.square() + x + 1
+    N, D = v.shape[-2:]
+    return math.sqrt(N / D) * (w @ v) / w.sum(-1, keepdim=True)
+
+
+def forgets_the_last_token(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    N = v.shape[-2]
+    return reference.direct(q, k[..., :-1, :], v[..., :-1, :], temperature) * math.sqrt(N / (N - 1))
+
+
+def one_number_is_nan(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    y = reference.direct(q, k, v, temperature)
+    hole = torch.zeros_like(y)
+    hole[0, 0, 0, 0] = math.nan
+    return y + hole
+
+
+def confuses_the_heads(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+    return reference.direct(q, k, v, temperature.flip(0))
+
+
+def wrong_gradient_of(index: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def attention(*tensors: Tensor) -> Tensor:
+        x = tensors[index]
+        scaled = torch.lerp(x.detach(), x, 1.001)  # the value of x, a thousandth too much of its gradient
+        return reference.direct(*tensors[:index], scaled, *tensors[index + 1 :])
+
+    return attention
+
+
+@pytest.mark.parametrize("limit", [2**28, 1000], ids=["all queries", "some queries"])
+@pytest.mark.parametrize(
+    "attention",
+    [forgets_the_half, forgets_the_last_token, one_number_is_nan, confuses_the_heads, *map(wrong_gradient_of, range(4))],
+    ids=lambda f: f.__qualname__,
+)
+def test_a_wrong_result_is_refused(attention: Callable[..., Tensor], limit: int) -> None:
+    case = Case(1, 2, 300, 8, training=True)
+    assert check(case.bind(reference.direct, "taylor"), "taylor", case, max_truth_bytes=limit).passed
+    assert not check(case.bind(attention, "taylor"), "taylor", case, max_truth_bytes=limit).passed
+
+
+def test_softmax_and_taylor_are_not_taken_for_one_another() -> None:
+    case = Case(1, 1, 30, 8)
+    peers = all_peers()
+    assert not check(case.bind(peers["sdpa"].build(), "softmax"), "taylor", case).passed
+    assert not check(case.bind(reference.direct, "taylor"), "softmax", case).passed
+
+
+def test_costs_are_those_of_the_formulas() -> None:
+    peers = all_peers()
+    forward, training = (Case(2, 3, 100, 16, training=training) for training in (False, True))
+    assert peers["sdpa"].operations(forward) == 6 * 4 * 100**2 * 16
+    assert peers["paper_direct"].operations(training) == 3.5 * 6 * ops_direct(100, 16)
+    assert peers["paper_efficient"].operations(training) == 3.0 * 6 * ops_efficient(100, 16)
+    long = Case(1, 3, 100_000, 16)
+    assert peers["taylor_auto"].operations(long) == peers["taylor_auto"].resolve(long).operations(long) < 1e12
+    assert peers["paper_direct"].needed_bytes(long) > 3 * 4 * entries_direct(100_000, 16)
+    assert peers["sdpa"].needed_bytes(long) < 2**28
+    assert peers["paper_direct"].needed_bytes(dataclasses.replace(long, dtype="float64")) == 2 * peers[
+        "paper_direct"
+    ].needed_bytes(long)
+
+
+def test_what_cannot_run_says_why() -> None:
+    peers = all_peers()
+    assert "cuda only" in str(peers["sdpa_cudnn"].obstacle(Case(1, 1, 4, 4)))
+    assert "float64" in str(peers["paper_efficient"].obstacle(Case(1, 1, 4, 4, "bfloat16")))
+    refused = dataclasses.replace(peers["sdpa_efficient"], devices=("cpu",))
+    assert "refuses" in str(refused.obstacle(Case(1, 1, 4, 4)))
+
+
+def raising(error: Exception) -> Callable[..., Tensor]:
+    def attention(*tensors: Tensor) -> Tensor:
+        raise error
+
+    return attention
+
+
+def test_only_what_is_right_gets_a_time() -> None:
+    calls = []
+
+    def fails_later(*tensors: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3:  # after the checks
+            raise RuntimeError("worn out")
+        return reference.direct(*tensors)
+
+    functions = {
+        "wrong": forgets_the_half,
+        "failed": raising(RuntimeError("a fault\nwith a tail")),
+        "worn": fails_later,
+        "cannot run": raising(ValueError("D must be 64")),
+        "out of memory": raising(MemoryError()),
+    }
+    peers = {name: Peer(name, lambda f=f: f) for name, f in functions.items()}
+    peers["skipped"] = Peer("skipped", lambda: paper.direct, materialises=True)
+    peers |= {name: all_peers()[name] for name in ("sdpa", "taylor_efficient_reference", "sdpa_cudnn")}
+    settings = dataclasses.replace(QUICK, memory_limit_bytes=500_000)
+    rows = {row.candidate: row for row in measure(Case(1, 1, 200, 4), peers, settings)}
+    assert list(rows) == list(peers)
+    assert {name for name, row in rows.items() if row.seconds is not None} == {"sdpa", "taylor_efficient_reference"}
+    assert {name for name, row in rows.items() if row.is_fault} == {"wrong", "failed", "worn"}
+    for name in ("wrong", "failed", "cannot run", "out of memory", "skipped"):
+        assert rows[name].status == name
+    assert rows["failed"].note == "RuntimeError: a fault"
+    assert rows["worn"].note == "RuntimeError: worn out"
+    assert rows["wrong"].error > rows["wrong"].error_budget
+    assert "GiB" in rows["skipped"].note
+    assert rows["sdpa_cudnn"].status == "cannot run"
+    timed = rows["taylor_efficient_reference"]
+    assert timed.speedup == pytest.approx(rows["sdpa"].seconds / timed.seconds, rel=0.5)
+    assert timed.gflops == pytest.approx(ops_efficient(200, 4) / timed.seconds / 1e9)
+    table = markdown_table(list(rows.values()))
+    assert "| wrong | WRONG: error" in table
+    assert all(cell == "" for cell in next(line for line in table.splitlines() if "WRONG" in line).split(" | ")[2:-1])
+
+
+def row(candidate: str, num_tokens: int, seconds: float | None, **more: object) -> Row:
+    return Row(candidate, "forward", 1, 1, num_tokens, 16, "float32", "cpu", seconds=seconds, **more)
+
+
+def test_the_crossing_of_two_curves_is_interpolated() -> None:
+    rows = [row("paper_direct", N, 1e-9 * N**2) for N in (100, 200, 400, 800)]
+    rows += [row("paper_efficient", N, 1e-9 * 300 * N) for N in (100, 200, 400, 800)]
+    rows += [row("taylor_direct_cpu", N, 1.0) for N in (100, 200)] + [row("taylor_efficient_cpu", N, 2.0) for N in (100, 200)]
+    (found,) = crossovers(rows)
+    assert (found["direct"], found["efficient"], found["quantity"]) == ("paper_direct", "paper_efficient", "seconds")
+    assert found["num_tokens"] == pytest.approx(300)
+
+
+def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:
+    files = ResultFiles(tmp_path / "new" / "folder", {"provenance": {"torch": "x"}})
+    for count in (1, 2, 3):
+        files.add([row("sdpa", 10 * count, 0.1, note="a, b", peak_bytes=5_000_000)])
+        content = json.loads(files.json.read_text())
+        assert [entry["num_tokens"] for entry in content["rows"]] == [10, 20, 30][:count]
+        with files.csv.open() as file:
+            assert [entry["note"] for entry in csv.DictReader(file)] == ["a, b"] * count
+    assert content["provenance"] == {"torch": "x"}
+    assert draw([*files.rows, row("x", 10, None, status="out of memory")], files.picture)
+    assert files.picture.read_bytes().startswith(b"\x89PNG")
+    assert not draw([row("sdpa", 10, None, status="skipped")], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    ResultFiles(tmp_path / "new" / "folder", {})
+    assert not files.picture.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--out .* cannot be written"):
+        ResultFiles(tmp_path / "file", {})
+
+
+def test_where_a_number_comes_from(tmp_path: Path) -> None:
+    found = provenance()
+    assert found.keys() == {"command", "git", "date", "cpu", "cores", "threads", "gpu", "torch", "python", "system"}
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    json.dumps(found)
+    assert git_state(tmp_path) is None
+    (tmp_path / ".git").mkdir()
+    assert git_state(tmp_path) is None

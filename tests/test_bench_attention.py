@@ -82,7 +82,7 @@ def test_a_wrong_candidate_gets_no_time(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--candidates sdpaa", "'sdpaa'; did you mean 'sdpa'?"),
+        ("--candidates sdpaa sdpa", "'sdpaa'; did you mean 'sdpa'?"),
         ("--head_dim 64 7", "--head_dim 7 does not divide --width 192"),
         ("--num_heads 5 --width 64", "--num_heads 5 does not divide --width 64"),
         ("--num_heads 2 --head_dim 8 --width 32", "--num_heads 2 times --head_dim 8 is not --width 32"),
@@ -95,7 +95,8 @@ def test_a_wrong_candidate_gets_no_time(
 def test_bad_inputs_are_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
-    assert run(monkeypatch, *arguments.split(), "--out", str(tmp_path / "out")) == 2
+    tiny = ["--num_tokens", "4", *QUICK]  # it takes no time where it is not refused
+    assert run(monkeypatch, *tiny, "--out", str(tmp_path / "out"), *arguments.split()) == 2
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1]
     assert captured.out == ""
@@ -104,7 +105,7 @@ def test_bad_inputs_are_refused_before_anything_runs(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--device", "cuda", "--out", str(tmp_path / "out")) == 2
+    assert run(monkeypatch, "--device", "cuda", "--num_tokens", "4", *QUICK, "--out", str(tmp_path / "out")) == 2
     assert capsys.readouterr().err == "error: --device cuda: PyTorch sees no GPU here\n"
 
 

@@ -25,6 +25,8 @@ from .reference import GRADIENT_LENGTH, ZERO_LENGTH
 
 Tensors = tuple[Tensor, ...]
 
+GROUP_SIZE = 2**18  # numbers of q in a group of heads
+
 
 def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Compute the attention in O(N^2 D) operations, tile by tile. Arguments and result as in `reference.direct`."""
@@ -96,9 +98,9 @@ def _forward(form: ModuleType, q: Tensor, k: Tensor, v: Tensor, temperature: Ten
     num_tokens, head_dim = q.shape[-2:]
     scale = math.sqrt(num_tokens / head_dim)
     results = _empty_results(form, q)
-    for group in _groups(form, q):
+    for group in _groups(q):
         y, means, sums, *state = (x[group] for x in results)
-        queries, keys, values, centre = _prepare(q[group], k[group], v[group], temperature[group[1]])
+        queries, keys, values, centre, _ = _prepare(q[group], k[group], v[group], _factors(temperature, group, means.dtype))
         numerator, weight_sum, *new_state = form.forward(queries, keys, values)
         torch.add(weight_sum.view(sums.shape), num_tokens, out=sums)
         torch.div(numerator.view(means.shape), sums, out=means)
@@ -116,28 +118,27 @@ def _backward(
     scale = math.sqrt(num_tokens / head_dim)
     dq, dk, dv = (_empty_like_tokens(q) for _ in range(3))
     dtemperature = temperature.new_zeros(len(temperature), dtype=_sum_dtype(q))
-    for group in _groups(form, q):
+    for group in _groups(q):
         means, sums, *state = (x[group] for x in saved)
-        queries, keys, values, _ = _prepare(q[group], k[group], v[group], temperature[group[1]])
+        tau = _factors(temperature, group, means.dtype)
+        queries, keys, values, _, (q_length, k_length) = _prepare(q[group], k[group], v[group], tau)
         dnumerator = _contiguous(torch.mul, grad[group], scale / sums)  # (n, N, D)
         dsum = (dnumerator * means.view_as(dnumerator)).sum(dim=-1, keepdim=True).neg_()  # (n, N, 1)
         dqueries, dkeys, dvalues = form.backward(queries, keys, values, dnumerator, dsum, *(x.flatten(0, 1) for x in state))
-        dvalues.add_(dnumerator.sum(dim=1, keepdim=True))  # the polynomial's constant
-        dv[group] = dvalues.view(means.shape)
-        _unit_gradient(k[group], dkeys, 1.0, dk[group])
-        tau = _per_head(temperature[group[1]], means.dtype)
-        radial = _unit_gradient(q[group], dqueries, tau, dq[group])
-        dtemperature[group[1]] += radial.sum(dim=(0, 2, 3))
+        constant = dnumerator.sum(dim=1, keepdim=True)  # of the polynomial: every value is in every mean
+        torch.add(dvalues.view(means.shape), constant.view(*means.shape[:2], 1, head_dim), out=dv[group])
+        _unit_gradient(keys, dkeys, None, k_length, dk[group])
+        radial = _unit_gradient(queries, dqueries, tau, q_length, dq[group])
+        dtemperature[group[1]] += radial.sum(dim=(0, 2, 3)) / tau.flatten()
     return dq, dk, dv, dtemperature.to(temperature.dtype)
 
 
-def _prepare(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return unit queries times the temperature, unit keys and centred values, (n, N, D) each, and the centre (b, h, 1, D)."""
-    dtype = _sum_dtype(q)
-    queries = _contiguous(torch.mul, q, _per_head(temperature, dtype) / _lengths(q))
-    keys = _contiguous(torch.div, k, _lengths(k))
-    centre = v.mean(dim=-2, keepdim=True, dtype=dtype)
-    return queries, keys, _contiguous(torch.sub, v, centre), centre
+def _prepare(q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return unit queries times tau, unit keys, centred values, (n, N, D) each, the centre (b, h, 1, D), and the lengths."""
+    q_length, k_length = _lengths(q), _lengths(k)
+    centre = v.mean(dim=-2, keepdim=True, dtype=tau.dtype)
+    queries, keys = _contiguous(torch.mul, q, tau / q_length), _contiguous(torch.div, k, k_length)
+    return queries, keys, _contiguous(torch.sub, v, centre), centre, (q_length, k_length)
 
 
 def _lengths(x: Tensor) -> Tensor:
@@ -146,12 +147,19 @@ def _lengths(x: Tensor) -> Tensor:
     return length.nan_to_num_(nan=math.nan, posinf=math.nan)
 
 
-def _unit_gradient(x: Tensor, dunit: Tensor, factor: Tensor | float, dx: Tensor) -> Tensor:
-    """Write to dx the gradient of x from `factor` times that of x / |x|; return the part along x / |x|, without the factor."""
-    length = _lengths(x)
-    unit, dunit = x / length, dunit.view(x.shape)
+def _factors(temperature: Tensor, group: tuple[slice, slice], dtype: torch.dtype) -> Tensor:
+    """Return the temperatures of a group's heads, (h, 1, 1), none nearer to 0 than ZERO_LENGTH: the backward pass divides by it."""
+    tau = temperature[group[1], None, None].to(dtype)
+    return torch.where(tau.abs() < ZERO_LENGTH, ZERO_LENGTH, tau)
+
+
+def _unit_gradient(unit: Tensor, dunit: Tensor, tau: Tensor | None, length: Tensor, dx: Tensor) -> Tensor:
+    """Write to dx the gradient of x from that of tau x / |x|; return the gradient's part along tau x / |x|, (b, h, N, 1)."""
+    unit, dunit = unit.view(dx.shape), dunit.view(dx.shape)
     radial = (unit * dunit).sum(dim=-1, keepdim=True)
-    torch.mul(dunit.addcmul_(unit, radial, value=-1), factor / length.clamp_(min=GRADIENT_LENGTH), out=dx)
+    dunit.addcmul_(unit, radial if tau is None else radial / tau.square(), value=-1)
+    factor = length.clamp_(min=GRADIENT_LENGTH).reciprocal_()
+    torch.mul(dunit, factor if tau is None else factor.mul_(tau), out=dx)
     return radial
 
 
@@ -162,20 +170,16 @@ def _contiguous(function: Callable[..., Tensor], x: Tensor, other: Tensor) -> Te
     return result.flatten(0, 1)
 
 
-def _per_head(temperature: Tensor, dtype: torch.dtype) -> Tensor:
-    return temperature.to(dtype)[:, None, None]
-
-
 def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _groups(form: ModuleType, q: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut (B, H) into groups of heads: all heads of some images, or some heads of one."""
+def _groups(q: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, H) into groups of heads of about GROUP_SIZE numbers: all heads of some images, or some heads of one."""
     batch, num_heads, num_tokens, head_dim = q.shape
     if not q.numel():
         return
-    at_once = form.heads_at_once(num_tokens, head_dim)
+    at_once = max(1, GROUP_SIZE // (num_tokens * head_dim))
     for images in pieces(batch, max(1, at_once // num_heads)):
         for heads in pieces(num_heads, at_once):
             yield images, heads

@@ -9,6 +9,8 @@ has a matrix product of its own and finds the tile in its own cache when it come
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -17,15 +19,10 @@ from .pieces import pieces
 from .reference import A
 
 TILE_QUERIES, TILE_KEYS = 256, 1024
+MIN_QUERIES = 128  # fewer to a tile make slow matrix products
 TILES_PER_THREAD = 2
-MIN_QUERIES = 64  # smaller tiles make slow matrix products
 
-
-def heads_at_once(num_tokens: int, head_dim: int) -> int:
-    """Return how many heads one call should take: one for a long sequence, for a short one as many as fill the cache."""
-    if num_tokens >= MIN_QUERIES * _tiles_at_once():
-        return 1
-    return max(1, _tiles_at_once() * TILE_QUERIES * TILE_KEYS // (num_tokens * min(num_tokens, TILE_KEYS)))
+Step = tuple[int | slice, slice]  # queries as `_lay_out` has them, and the heads whose keys they meet
 
 
 def state_shape(head_dim: int) -> tuple[int, ...]:
@@ -35,23 +32,22 @@ def state_shape(head_dim: int) -> tuple[int, ...]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return sum_j p(x_ij) v_j, (n, N, D), and sum_j p(x_ij), (n, N, 1)."""
-    num_tokens = q.shape[1]
-    queries = _steps(q)  # (steps, tiles, rows, D)
+    num_heads, num_tokens, _ = q.shape
+    queries = _lay_out(q)
     numerator, weight_sum = torch.empty_like(queries), queries.new_empty(*queries.shape[:-1], 1)
     storage = _tile_storage(queries, num_tokens)
-    for q_step, numerator_step, weight_sum_step in zip(queries, numerator, weight_sum, strict=True):
+    for step, heads in _steps(queries, num_heads):
+        q_step, numerator_step, weight_sum_step = queries[step], numerator[step], weight_sum[step]
         for keys in pieces(num_tokens, TILE_KEYS):
             p = _tile(storage, q_step, keys)  # (tiles, rows, keys)
-            torch.bmm(q_step, _for_tiles(k, keys, q_step).mT, out=p)
+            torch.bmm(q_step, _for_tiles(k, heads, keys, q_step).mT, out=p)
             p.addcmul_(p, p, value=A)
-            values = _for_tiles(v, keys, q_step)
+            _product(p, _for_tiles(v, heads, keys, q_step), numerator_step, add=keys.start > 0)
             if keys.start == 0:
-                torch.bmm(p, values, out=numerator_step)
                 torch.sum(p, dim=-1, keepdim=True, out=weight_sum_step)
             else:
-                numerator_step.baddbmm_(p, values)
                 weight_sum_step.add_(p.sum(dim=-1, keepdim=True))
-    return _heads(numerator, q), _heads(weight_sum, q)
+    return _by_head(numerator, num_heads)[:, :num_tokens], _by_head(weight_sum, num_heads)[:, :num_tokens]
 
 
 def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,59 +57,78 @@ def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_sum: Tensor) ->
     is not in the gradient of v.
     """
     num_heads, num_tokens, _ = q.shape
-    queries, grads, grad_sums = _steps(q), _steps(grad), _steps(grad_sum)
-    dq, dk, dv = torch.zeros_like(queries), torch.zeros_like(k), torch.zeros_like(v)
+    queries, grads, grad_sums = _lay_out(q), _lay_out(grad), _lay_out(grad_sum)
+    dq, dk, dv = torch.empty_like(queries), torch.empty_like(k), torch.empty_like(v)
     x_storage, p_storage, dx_storage = (_tile_storage(queries, num_tokens) for _ in range(3))
-    for q_step, g, g_sum, dq_step in zip(queries, grads, grad_sums, dq, strict=True):
+    done = slice(0)
+    for step, heads in _steps(queries, num_heads):
+        q_step, g_step = queries[step], grads[step]
+        same_heads, done = heads == done, heads
         for keys in pieces(num_tokens, TILE_KEYS):
             x, p, dx = (_tile(storage, q_step, keys) for storage in (x_storage, p_storage, dx_storage))
-            k_tiles = _for_tiles(k, keys, q_step)
+            k_tiles = _for_tiles(k, heads, keys, q_step)
             torch.bmm(q_step, k_tiles.mT, out=x)
             torch.addcmul(x, x, x, value=A, out=p)
-            torch.bmm(g, _for_tiles(v, keys, q_step).mT, out=dx).add_(g_sum)  # dp
+            torch.bmm(g_step, _for_tiles(v, heads, keys, q_step).mT, out=dx).add_(grad_sums[step])  # dp
             dx.addcmul_(dx, x, value=2 * A)  # p'(x) = 1 + 2 A x
-            dq_step.baddbmm_(dx, k_tiles)
-            dk[:, keys].baddbmm_(_by_head(dx, num_heads).mT, _by_head(q_step, num_heads))
-            dv[:, keys].baddbmm_(_by_head(p, num_heads).mT, _by_head(g, num_heads))
-    return _heads(dq, q), dk, dv
+            _product(dx, k_tiles, dq[step], add=keys.start > 0)
+            q_heads, g_heads, dx_heads, p_heads = (_by_head(y, heads.stop - heads.start) for y in (q_step, g_step, dx, p))
+            _product(dx_heads.mT, q_heads, dk[heads, keys], add=same_heads)
+            _product(p_heads.mT, g_heads, dv[heads, keys], add=same_heads)
+    return _by_head(dq, num_heads)[:, :num_tokens], dk, dv
 
 
-def _tiles_at_once() -> int:
-    return TILES_PER_THREAD * torch.get_num_threads()
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    if add:
+        out.baddbmm_(a, b)
+    else:
+        torch.bmm(a, b, out=out)
 
 
-def _steps(x: Tensor) -> Tensor:
-    """Lay the queries (n, N, D) out as (steps, tiles, rows, D): one head is cut into tiles, of several each one is a tile."""
+def _lay_out(x: Tensor) -> Tensor:
+    """Lay the queries (n, N, width) of long sequences out as (steps, tiles, rows, width); leave short ones as they are."""
     num_heads, num_tokens, width = x.shape
-    tiles = _tiles_at_once()
-    if num_heads > 1 or num_tokens < MIN_QUERIES * tiles:
-        return x.unsqueeze(0)
+    tiles = TILES_PER_THREAD * torch.get_num_threads()
+    if num_tokens < tiles * MIN_QUERIES:
+        return x
     steps = -(-num_tokens // (tiles * TILE_QUERIES))
     rows = -(-num_tokens // (tiles * steps))
     missing = steps * tiles * rows - num_tokens
-    if missing:  # zero queries: their scores and their gradients are zero
+    if missing:  # zero queries, whose scores and gradients are zero
         x = pad(x, (0, 0, 0, missing))
-    return x.view(steps, tiles, rows, width)
+    return x.view(num_heads * steps, tiles, rows, width)
 
 
-def _heads(steps: Tensor, like: Tensor) -> Tensor:
-    """Undo `_steps`."""
-    num_heads, num_tokens, _ = like.shape
-    return steps.view(num_heads, -1, steps.shape[-1])[:, :num_tokens]
+def _steps(queries: Tensor, num_heads: int) -> Iterator[Step]:
+    """Go through the queries: several tiles of one head at a time, or several heads."""
+    if queries.ndim == 4:
+        steps = len(queries) // num_heads
+        for step in range(len(queries)):
+            head = step // steps
+            yield step, slice(head, head + 1)
+    else:
+        for heads in pieces(num_heads, _heads_at_once(queries.shape[1])):
+            yield heads, heads
+
+
+def _heads_at_once(num_tokens: int) -> int:
+    scores = TILES_PER_THREAD * torch.get_num_threads() * TILE_QUERIES * TILE_KEYS
+    return max(1, scores // (num_tokens * min(num_tokens, TILE_KEYS)))
 
 
 def _by_head(x: Tensor, num_heads: int) -> Tensor:
-    """Join the tiles of one head, whose gradients meet in the same keys: (tiles, rows, width) -> (n, all rows, width)."""
-    return x.reshape(num_heads, -1, x.shape[-1])
+    """Join the tiles of a head: (..., rows, width) -> (n, all rows, width)."""
+    return x.view(num_heads, -1, x.shape[-1])
 
 
-def _for_tiles(x: Tensor, keys: slice, q_step: Tensor) -> Tensor:
-    """Take a tile of keys or values, (tiles, keys, D): all the tiles of one head share it."""
-    return x[:, keys].expand(len(q_step), -1, -1)
+def _for_tiles(x: Tensor, heads: slice, keys: slice, q_step: Tensor) -> Tensor:
+    """Take a tile of keys or values for each tile of queries, (tiles, keys, D); those of one head share it."""
+    return x[heads, keys].expand(len(q_step), -1, -1)
 
 
 def _tile_storage(queries: Tensor, num_tokens: int) -> Tensor:
-    tiles, rows = queries.shape[1:3]
+    rows = queries.shape[-2]
+    tiles = queries.shape[1] if queries.ndim == 4 else min(len(queries), _heads_at_once(num_tokens))
     return queries.new_empty(tiles * rows * min(num_tokens, TILE_KEYS))
 
 

@@ -21,11 +21,6 @@ CHUNK_TOKENS = 256
 FEATURES_PER_THREAD = 640_000  # numbers of one chunk's features, of all heads, that a thread should have in hand
 
 
-def heads_at_once(num_tokens: int, head_dim: int) -> int:
-    """Return how many heads one call should take."""
-    return max(1, FEATURES_PER_THREAD * torch.get_num_threads() // (_num_rows(head_dim) * CHUNK_TOKENS))
-
-
 def state_shape(head_dim: int) -> tuple[int, ...]:
     """Return the shape of the state that `forward` returns for each head."""
     return _num_rows(head_dim), head_dim
@@ -35,16 +30,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return sum_j p(x_ij) v_j, (n, N, D), sum_j p(x_ij), (n, N, 1), and the state for `backward`, (n, rows, D)."""
     num_heads, num_tokens, head_dim = q.shape
     storage = _storage(q)
-    state = q.new_zeros(num_heads, *state_shape(head_dim))
-    for chunk in pieces(num_tokens, CHUNK_TOKENS):
-        _, features = _features(k, chunk, storage)
-        state.baddbmm_(features, v[:, chunk])
-    state.mul_(_coefficients(state))
-
-    numerator = torch.empty_like(q)
-    for chunk in pieces(num_tokens, CHUNK_TOKENS):
-        _, features = _features(q, chunk, storage)
-        torch.bmm(features.mT, state, out=numerator[:, chunk])
+    state, numerator = q.new_zeros(num_heads, *state_shape(head_dim)), torch.empty_like(q)
+    for heads in pieces(num_heads, _heads_at_once(head_dim)):
+        for chunk in pieces(num_tokens, CHUNK_TOKENS):
+            _, features = _features(k[heads, chunk], storage)
+            state[heads].baddbmm_(features, v[heads, chunk])
+        state[heads].mul_(_coefficients(state))
+        for chunk in pieces(num_tokens, CHUNK_TOKENS):
+            _, features = _features(q[heads, chunk], storage)
+            torch.bmm(features.mT, state[heads], out=numerator[heads, chunk])
     gram, key_sum = k.mT @ k, k.sum(dim=1, keepdim=True)
     weight_sum = torch.baddbmm(key_sum, q, gram, alpha=A).mul_(q).sum(dim=-1, keepdim=True)
     return numerator, weight_sum, state
@@ -56,40 +50,41 @@ def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_sum: Tensor, st
     grad: gradient of the numerator (n, N, D); grad_sum: gradient of the sum of the p (n, N, 1); state: from `forward`.
     The constant of the polynomial is not in the gradient of v.
     """
-    num_tokens = q.shape[1]
-    storage, grad_storage = _storage(q), _storage(q)
-    gram, key_sum = k.mT @ k, k.sum(dim=1, keepdim=True)
-    dq = torch.baddbmm(key_sum, q, gram, alpha=2 * A).mul_(grad_sum)
-    dstate = torch.zeros_like(state)
-    for chunk in pieces(num_tokens, CHUNK_TOKENS):
-        doubled, features = _features(q, chunk, storage)
-        dstate.baddbmm_(features, grad[:, chunk])
-        dfeatures = torch.bmm(state, grad[:, chunk].mT, out=_view(grad_storage, state, chunk))
-        dq[:, chunk] += _fold(dfeatures, doubled).mT
-    dstate.mul_(_coefficients(dstate))
-
+    num_heads, num_tokens, head_dim = q.shape
+    # The sum of the p, through the Gram matrix.
     weighted = grad_sum * q
+    dq = torch.baddbmm(k.sum(dim=1, keepdim=True), q, k.mT @ k, alpha=2 * A).mul_(grad_sum)
     dk = torch.baddbmm(weighted.sum(dim=1, keepdim=True), k, weighted.mT @ q, alpha=2 * A)
     dv = torch.empty_like(v)
-    for chunk in pieces(num_tokens, CHUNK_TOKENS):
-        doubled, features = _features(k, chunk, storage)
-        torch.bmm(features.mT, dstate, out=dv[:, chunk])
-        dfeatures = torch.bmm(dstate, v[:, chunk].mT, out=_view(grad_storage, state, chunk))
-        dk[:, chunk] += _fold(dfeatures, doubled).mT
+    # The numerator, through the features and the state.
+    storage, grad_storage = _storage(q), _storage(q)
+    dstate = torch.zeros_like(state)
+    for heads in pieces(num_heads, _heads_at_once(head_dim)):
+        for chunk in pieces(num_tokens, CHUNK_TOKENS):
+            doubled, features = _features(q[heads, chunk], storage)
+            g = grad[heads, chunk]
+            dstate[heads].baddbmm_(features, g)
+            dfeatures = torch.bmm(state[heads], g.mT, out=_view(grad_storage, features))
+            dq[heads, chunk] += _fold(dfeatures, doubled).mT
+        dstate[heads].mul_(_coefficients(dstate))
+        for chunk in pieces(num_tokens, CHUNK_TOKENS):
+            doubled, features = _features(k[heads, chunk], storage)
+            torch.bmm(features.mT, dstate[heads], out=dv[heads, chunk])
+            dfeatures = torch.bmm(dstate[heads], v[heads, chunk].mT, out=_view(grad_storage, features))
+            dk[heads, chunk] += _fold(dfeatures, doubled).mT
     return dq, dk, dv
 
 
-def _features(x: Tensor, chunk: slice, storage: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x of a chunk transposed and twice in a row, (n, 2 D, tokens), and its features, (n, rows, tokens)."""
-    num_heads, _, head_dim = x.shape
-    tokens, blocks = chunk.stop - chunk.start, head_dim // 2 + 1
-    block = head_dim * tokens
+def _features(x: Tensor, storage: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x (n, tokens, D) transposed and twice in a row, (n, 2 D, tokens), and its features, (n, rows, tokens)."""
+    num_heads, tokens, head_dim = x.shape
+    blocks, block = head_dim // 2 + 1, head_dim * tokens
     size = (blocks + 2) * block
     everything = storage[: num_heads * size].view(num_heads, -1, tokens)
     doubled = everything[:, : 2 * head_dim]
-    doubled[:, :head_dim] = x[:, chunk].mT
+    doubled[:, :head_dim] = x.mT
     doubled[:, head_dim:] = doubled[:, :head_dim]
-    rolled = storage.as_strided((num_heads, blocks, block), (size, tokens, 1))
+    rolled = storage.as_strided((num_heads, blocks, block), (size, tokens, 1))  # block delta starts at row delta of `doubled`
     products = storage.as_strided((num_heads, blocks, block), (size, block, 1), 2 * block)
     torch.mul(rolled[:, :1], rolled, out=products)
     return doubled, everything[:, head_dim:]
@@ -125,12 +120,15 @@ def _num_rows(head_dim: int) -> int:
     return (head_dim // 2 + 2) * head_dim
 
 
+def _heads_at_once(head_dim: int) -> int:
+    return max(1, FEATURES_PER_THREAD * torch.get_num_threads() // (_num_rows(head_dim) * CHUNK_TOKENS))
+
+
 def _storage(x: Tensor) -> Tensor:
     num_heads, num_tokens, head_dim = x.shape
-    return x.new_empty(num_heads * (_num_rows(head_dim) + head_dim) * min(num_tokens, CHUNK_TOKENS))
+    heads, tokens = min(num_heads, _heads_at_once(head_dim)), min(num_tokens, CHUNK_TOKENS)
+    return x.new_empty(heads * (_num_rows(head_dim) + head_dim) * tokens)
 
 
-def _view(storage: Tensor, state: Tensor, chunk: slice) -> Tensor:
-    num_heads, rows, _ = state.shape
-    tokens = chunk.stop - chunk.start
-    return storage[: num_heads * rows * tokens].view(num_heads, rows, tokens)
+def _view(storage: Tensor, like: Tensor) -> Tensor:
+    return storage[: like.numel()].view(like.shape)

@@ -379,6 +379,13 @@ def test_the_crossing_of_two_curves_is_interpolated() -> None:
     assert found["num_tokens"] == pytest.approx(300)
 
 
+def test_memory_too_small_to_be_told_apart_makes_no_crossing() -> None:
+    for size, number in ((2**20, 1), (2**10, 0)):
+        rows = [row("paper_direct", N, None, peak_bytes=N * size) for N in (1, 3)]
+        rows += [row("paper_efficient", N, None, peak_bytes=2 * size) for N in (1, 3)]
+        assert len(crossovers(rows)) == number
+
+
 def test_rows_are_on_disk_as_they_come(tmp_path: Path) -> None:
     files = ResultFiles(tmp_path / "new" / "folder", {"provenance": {"torch": "x"}})
     for count in (1, 2, 3):

@@ -80,11 +80,12 @@ def crossovers(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _curves(rows: list[Row], quantity: str) -> dict[tuple[int, str, str], dict[int, float]]:
-    """Return N -> value by head dimension, pass and candidate, N ascending."""
+    """Return N -> value by head dimension, pass and candidate, N ascending; memory below what can be told apart is left out."""
+    least = RESOLUTION if quantity == "peak_bytes" else 0
     curves: dict[tuple[int, str, str], dict[int, float]] = {}
     for row in sorted(rows, key=lambda row: row.num_tokens):
         value = getattr(row, quantity)
-        if value:
+        if value is not None and value > least:
             curves.setdefault((row.head_dim, row.pass_name, row.candidate), {})[row.num_tokens] = value
     return curves
 

@@ -24,6 +24,7 @@ from .pieces import pieces
 from .reference import GRADIENT_LENGTH, ZERO_LENGTH
 
 Tensors = tuple[Tensor, ...]
+Group = tuple[slice, slice]  # of the images and of the heads
 
 GROUP_SIZE = 2**18  # numbers of q in a group of heads
 
@@ -97,10 +98,11 @@ def _forward(form: ModuleType, q: Tensor, k: Tensor, v: Tensor, temperature: Ten
     """Compute y and what the backward pass needs, a few heads at a time."""
     num_tokens, head_dim = q.shape[-2:]
     scale = math.sqrt(num_tokens / head_dim)
+    tau = temperature.to(_sum_dtype(q)).view(1, -1, 1, 1)
     results = _empty_results(form, q)
     for group in _groups(q):
-        y, means, sums, *state = (x[group] for x in results)
-        queries, keys, values, centre, _ = _prepare(q[group], k[group], v[group], _factors(temperature, group, means.dtype))
+        y, means, sums, *state = (_part(x, group) for x in results)
+        queries, keys, values, centre, _ = _prepare(*(_part(x, group) for x in (q, k, v, tau)))
         numerator, weight_sum, *new_state = form.forward(queries, keys, values)
         torch.add(weight_sum.view(sums.shape), num_tokens, out=sums)
         torch.div(numerator.view(means.shape), sums, out=means)
@@ -117,20 +119,23 @@ def _backward(
     num_tokens, head_dim = q.shape[-2:]
     scale = math.sqrt(num_tokens / head_dim)
     dq, dk, dv = (_empty_like_tokens(q) for _ in range(3))
-    dtemperature = temperature.new_zeros(len(temperature), dtype=_sum_dtype(q))
+    # The backward pass divides by the temperature: 0 is a number too small to make a difference.
+    tau = temperature.to(_sum_dtype(q)).view(1, -1, 1, 1)
+    tau = tau.masked_fill(tau.abs() < ZERO_LENGTH, ZERO_LENGTH)
+    dtau = torch.zeros_like(tau)
     for group in _groups(q):
-        means, sums, *state = (x[group] for x in saved)
-        tau = _factors(temperature, group, means.dtype)
-        queries, keys, values, _, (q_length, k_length) = _prepare(q[group], k[group], v[group], tau)
-        dnumerator = _contiguous(torch.mul, grad[group], scale / sums)  # (n, N, D)
+        means, sums, *state = (_part(x, group) for x in saved)
+        g, *inputs, tau_part = (_part(x, group) for x in (grad, q, k, v, tau))
+        queries, keys, values, _, (q_length, k_length) = _prepare(*inputs, tau_part)
+        dnumerator = _contiguous(torch.mul, g, scale / sums)  # (n, N, D)
         dsum = (dnumerator * means.view_as(dnumerator)).sum(dim=-1, keepdim=True).neg_()  # (n, N, 1)
         dqueries, dkeys, dvalues = form.backward(queries, keys, values, dnumerator, dsum, *(x.flatten(0, 1) for x in state))
-        constant = dnumerator.sum(dim=1, keepdim=True)  # of the polynomial: every value is in every mean
-        torch.add(dvalues.view(means.shape), constant.view(*means.shape[:2], 1, head_dim), out=dv[group])
-        _unit_gradient(keys, dkeys, None, k_length, dk[group])
-        radial = _unit_gradient(queries, dqueries, tau, q_length, dq[group])
-        dtemperature[group[1]] += radial.sum(dim=(0, 2, 3)) / tau.flatten()
-    return dq, dk, dv, dtemperature.to(temperature.dtype)
+        constant = dnumerator.sum(dim=1).view(*means.shape[:2], 1, head_dim)  # of the polynomial: every value in every mean
+        torch.add(dvalues.view(means.shape), constant, out=_part(dv, group))
+        _unit_gradient(keys, dkeys, None, k_length, _part(dk, group))
+        radial = _unit_gradient(queries, dqueries, tau_part, q_length, _part(dq, group))
+        _part(dtau, group).add_(radial.sum(dim=(0, 2), keepdim=True) / tau_part)
+    return dq, dk, dv, dtau.flatten().to(temperature.dtype)
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -145,12 +150,6 @@ def _lengths(x: Tensor) -> Tensor:
     """Return |x| as the reference divides by it: not below ZERO_LENGTH, NaN where it leaves the range of the dtype."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_sum_dtype(x)).clamp_(min=ZERO_LENGTH)
     return length.nan_to_num_(nan=math.nan, posinf=math.nan)
-
-
-def _factors(temperature: Tensor, group: tuple[slice, slice], dtype: torch.dtype) -> Tensor:
-    """Return the temperatures of a group's heads, (h, 1, 1), none nearer to 0 than ZERO_LENGTH: the backward pass divides by it."""
-    tau = temperature[group[1], None, None].to(dtype)
-    return torch.where(tau.abs() < ZERO_LENGTH, ZERO_LENGTH, tau)
 
 
 def _unit_gradient(unit: Tensor, dunit: Tensor, tau: Tensor | None, length: Tensor, dx: Tensor) -> Tensor:
@@ -174,15 +173,26 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _groups(q: Tensor) -> Iterator[tuple[slice, slice]]:
+def _groups(q: Tensor) -> Iterator[Group | None]:
     """Cut (B, H) into groups of heads of about GROUP_SIZE numbers: all heads of some images, or some heads of one."""
     batch, num_heads, num_tokens, head_dim = q.shape
     if not q.numel():
         return
     at_once = max(1, GROUP_SIZE // (num_tokens * head_dim))
+    if at_once >= batch * num_heads:
+        yield None
+        return
     for images in pieces(batch, max(1, at_once // num_heads)):
         for heads in pieces(num_heads, at_once):
             yield images, heads
+
+
+def _part(x: Tensor, group: Group | None) -> Tensor:
+    """Take the group's heads, None being all, of (B, H, ...), or of (1, H, ...), which all images share."""
+    if group is None:
+        return x
+    images, heads = group
+    return x[images if len(x) > 1 else slice(None), heads]
 
 
 def _empty_results(form: ModuleType, q: Tensor) -> Tensors:

@@ -89,11 +89,6 @@ def memory_crossover_bound(head_dim: int) -> float:
     return head_dim**2 / 2 + 2 * head_dim + 0.5
 
 
-def cheaper_form(num_tokens: int, head_dim: int) -> Form:
-    """Name the form with fewer operations in the paper's count: efficient where N > N0, else direct."""
-    return "efficient" if num_tokens > flops_crossover(head_dim) else "direct"
-
-
 def ops_mhsa(form: Form, num_tokens: int, embed_dim: int, num_heads: int, packing: Packing = "none") -> int:
     """Count the operations of one attention layer's core, all heads, forward only.
 

@@ -178,7 +178,7 @@ def _describe_model(session: Session) -> list[str]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     gigaflops = session.flops_per_image / 1e9
-    forms = attention_forms(model)
+    forms = attention_forms(model, training=True)
     counted = ", ".join(f"{form} x {forms.count(form)}" for form in dict.fromkeys(forms)) or "the network's own"
     return [
         f"model      {config.name}, attention {config.attention} {config.attention_options or ''}".rstrip(),

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[set[str]] = [
     {"complexity", "suggest"},
     {"ops"},
-    {"attention"},
+    {"attention", "benchmark"},
     {"config", "randomness"},
     {
         "adaptation",

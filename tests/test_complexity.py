@@ -6,7 +6,6 @@ import math
 import pytest
 
 from taylorvit.complexity import (
-    cheaper_form,
     entries_direct,
     entries_efficient,
     entries_mhsa,
@@ -147,13 +146,6 @@ def test_entries_fall_with_the_heads_at_the_corrected_rate(head_dim: int) -> Non
 def test_efficient_form_is_linear_in_tokens_and_cubic_in_head_dim() -> None:
     assert ops_efficient(2000, 64) == 2 * ops_efficient(1000, 64)
     assert ops_efficient(1, 2**14) / ops_efficient(1, 2**13) == pytest.approx(8, rel=1e-3)
-
-
-def test_cheaper_form_switches_strictly_above_n0() -> None:
-    assert cheaper_form(4160, 64) == "direct"
-    assert cheaper_form(4161, 64) == "efficient"
-    assert cheaper_form(197, 64) == "direct"
-    assert cheaper_form(197, 8) == "efficient"
 
 
 def test_errors_quote_the_value() -> None:

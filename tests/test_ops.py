@@ -386,7 +386,7 @@ def test_auto_runs_the_resolved_form(num_tokens: int, form: str, monkeypatch: py
     called = []
     for name in FORMS:
         monkeypatch.setitem(IMPLEMENTATIONS["reference"], name, lambda q, k, v, t, name=name: called.append(name) or v)
-    taylor_attention(*inputs(1, 2, num_tokens, 4))
+    taylor_attention(*inputs(1, 2, num_tokens, 4), impl="reference")
     assert called == [form]
 
 
@@ -412,7 +412,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             taylor_attention(*tensors)
     assert [record.getMessage() for record in caplog.records] == [
-        "taylor_attention: form direct, impl reference for 43 tokens of head dimension 7"
+        "taylor_attention: form direct, impl cpu for 43 tokens of head dimension 7"
     ]
 
 
@@ -435,7 +435,7 @@ TAU = torch.ones(3)
         (lambda: taylor_attention(Q, Q, Q, TAU.int()), "temperature must have a dtype of .* got int32"),
         (lambda: taylor_attention(Q, Q.to("meta"), Q, TAU), "got cpu, meta, cpu, cpu"),
         (lambda: taylor_attention(Q, Q, Q, TAU, form="quadratic"), "auto, direct, efficient, got 'quadratic'"),
-        (lambda: taylor_attention(Q, Q, Q, TAU, impl="cuda"), "one of auto, reference, got 'cuda'"),
+        (lambda: taylor_attention(Q, Q, Q, TAU, impl="cuda"), "one of auto, reference, cpu, got 'cuda'"),
         (lambda: taylor_attention_weights(Q, Q[:1], TAU), r"k \(1, 3, 5, 4\)"),
         (lambda: resolve_impl("cpu", ""), "got ''"),
     ],

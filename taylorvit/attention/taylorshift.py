@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylorvit.ops import resolve_form, resolve_impl, taylor_attention, taylor_attention_weights
+from taylorvit.ops import check_form, check_impl, resolve_form, resolve_impl, taylor_attention, taylor_attention_weights
 
 
 def check_options(*, form: str = "auto", impl: str = "auto", temperature_init: float = 1.0) -> None:
     """Raise ValueError unless these are valid options of `TaylorShift`."""
-    resolve_form(1, 1, form)
-    resolve_impl("cpu", impl)
+    check_form(form)
+    check_impl(impl)
     if isinstance(temperature_init, bool) or not isinstance(temperature_init, (int, float)):
         raise ValueError(f"temperature_init must be a number, got {temperature_init!r}")
     if not math.isfinite(temperature_init):
@@ -114,10 +114,15 @@ class TaylorShift(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         hooks = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
-        if hooks and resolve_form(q.shape[-2], self.head_dim, self.form) == "direct":
+        if hooks and self.resolved_form(q.shape[-2], training=torch.is_grad_enabled()) == "direct":
             weights = self.attn_drop(taylor_attention_weights(q, k, self.temperature))  # (B, H, N, N)
             return math.sqrt(q.shape[-2] / self.head_dim) * (weights.to(v.dtype) @ v)
         return taylor_attention(q, k, v, self.temperature, form=self.form, impl=self.impl)
+
+    def resolved_form(self, num_tokens: int, *, training: bool) -> str:
+        """Return the form for this many tokens on the device of the parameters: "direct" or "efficient"."""
+        impl = resolve_impl(self.temperature.device.type, self.impl)
+        return resolve_form(num_tokens, self.head_dim, self.form, impl=impl, training=training)
 
     def extra_repr(self) -> str:
         """Name the heads and the options in the module's printed form."""

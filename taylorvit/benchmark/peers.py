@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from ..complexity import Packing, entries_direct, entries_efficient, ops_direct, ops_efficient
-from ..ops import IMPLEMENTATIONS, reference, resolve_form, resolve_impl, taylor_attention
+from ..ops import DEVICE_TYPES, IMPLEMENTATIONS, reference, resolve_form, resolve_impl, taylor_attention
 from . import paper
 from .case import DTYPES, Attention, Case, Truth
 from .memory import Prepared
@@ -42,7 +42,6 @@ SDPA_BACKENDS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-IMPL_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}  # implementations not named run anywhere
 BASELINE = "sdpa"
 # Forward and backward over forward: 2 + 5 matrix products over 2 (the scores are computed again); the usual 1 + 2 over 1.
 TRAINING_OPS = {"softmax": 3.5, "direct": 3.5, "efficient": 3.0}
@@ -85,7 +84,8 @@ class Peer:
         """Return the peer whose costs these are: itself, unless form and implementation depend on the shape."""
         if self.cost != "auto":
             return self
-        form, impl = resolve_form(case.num_tokens, case.head_dim), resolve_impl(case.device)
+        impl = resolve_impl(case.device)
+        form = resolve_form(case.num_tokens, case.head_dim, impl=impl, training=case.training)
         return all_peers()[f"taylor_{form}_{impl}"]
 
     def operations(self, case: Case) -> float:
@@ -146,7 +146,7 @@ def all_peers() -> dict[str, Peer]:
                 cost="efficient" if form == "efficient" else "direct",
                 packing="none" if plain else "symmetric",  # the fewest products there are: a rate never flatters
                 materialises=plain,
-                devices=IMPL_DEVICES.get(impl, ("cpu", "cuda")),
+                devices=DEVICE_TYPES.get(impl, ("cpu", "cuda")),
             )
             peers.append(peer)
     peers.append(Peer("taylor_auto", partial(_taylor, "auto", "auto"), cost="auto"))

@@ -13,7 +13,6 @@ from torch import nn
 
 from taylorvit.attention import Softmax, TaylorShift, check_attention_options
 from taylorvit.models.taylor_vit import TaylorViT, default_cfgs
-from taylorvit.ops import resolve_form
 from taylorvit.suggest import nearest
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def _create(config: ModelConfig, keywords: dict[str, Any]) -> nn.Module:
     return _create_foreign(config.name, keywords)
 
 
-def attention_forms(model: nn.Module, num_tokens: int | None = None) -> list[str]:
+def attention_forms(model: nn.Module, num_tokens: int | None = None, *, training: bool = False) -> list[str]:
     """Name what each attention layer computes for this many tokens: "direct", "efficient" or "softmax".
 
     Without num_tokens it is the count at the model's own image size. A model without such layers gives [].
@@ -75,7 +74,7 @@ def attention_forms(model: nn.Module, num_tokens: int | None = None) -> list[str
         if isinstance(layer, TaylorShift):
             if num_tokens is None:
                 raise ValueError(f"num_tokens is needed for a {type(model).__name__}, got None")
-            forms.append(resolve_form(num_tokens, layer.head_dim, layer.form))
+            forms.append(layer.resolved_form(num_tokens, training=training))
         else:
             forms.append("softmax")
     return forms

@@ -1,5 +1,25 @@
 """TaylorShift attention as one operation. Knows PyTorch and the cost formulas only: it can be lifted out."""
 
-from .taylor_attention import FORMS, IMPLEMENTATIONS, resolve_form, resolve_impl, taylor_attention, taylor_attention_weights
+from .taylor_attention import (
+    DEVICE_TYPES,
+    FORMS,
+    IMPLEMENTATIONS,
+    check_form,
+    check_impl,
+    resolve_form,
+    resolve_impl,
+    taylor_attention,
+    taylor_attention_weights,
+)
 
-__all__ = ["FORMS", "IMPLEMENTATIONS", "resolve_form", "resolve_impl", "taylor_attention", "taylor_attention_weights"]
+__all__ = [
+    "DEVICE_TYPES",
+    "FORMS",
+    "IMPLEMENTATIONS",
+    "check_form",
+    "check_impl",
+    "resolve_form",
+    "resolve_impl",
+    "taylor_attention",
+    "taylor_attention_weights",
+]

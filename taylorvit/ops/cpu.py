@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -87,11 +88,15 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved
 
 def _save(ctx: Any, inputs: Tensors, output: Tensors) -> None:
     ctx.save_for_backward(*inputs, *output[1:])
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # of the outputs that nobody sees
 
 
-_direct.register_autograd(lambda ctx, grad, *_: _direct_backward(grad, *ctx.saved_tensors), setup_context=_save)
-_efficient.register_autograd(lambda ctx, grad, *_: _efficient_backward(grad, *ctx.saved_tensors), setup_context=_save)
+def _differentiate(backward: Callable[..., Tensors], ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    return backward(grad, *ctx.saved_tensors) if grad is not None else (None,) * 4
+
+
+_direct.register_autograd(partial(_differentiate, _direct_backward), setup_context=_save)
+_efficient.register_autograd(partial(_differentiate, _efficient_backward), setup_context=_save)
 
 
 def _forward(form: ModuleType, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensors:
@@ -207,6 +212,6 @@ def _empty_results(form: ModuleType, q: Tensor) -> Tensors:
 
 
 def _empty_like_tokens(q: Tensor) -> Tensor:
-    """Return an empty (B, H, N, D) in storage order (B, N, H, D): what the layer does next, joining the heads, needs no copy."""
+    """Return an empty (B, H, N, D), stored as (B, N, H, D): to join the heads, which comes next, needs no copy then."""
     batch, num_heads, num_tokens, head_dim = q.shape
     return q.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)

@@ -3,8 +3,8 @@
 x_ij = q_i . k_j and p(x) = x^2 / 2 + x, the polynomial without its constant, which the caller adds. q holds unit vectors times
 the temperature, k unit vectors, v values with mean zero: (n, N, D) for n heads, contiguous, fp32 or fp64.
 
-Short sequences are taken many heads at once, long ones head by head in several tiles of queries at once. Either way every thread
-has a matrix product of its own and finds the tile in its own cache when it comes to the polynomial.
+Short sequences are taken many heads at once, long ones head by head with several tiles of queries at once. Either way every
+thread has a matrix product of its own and finds the tile in its own cache when it comes to the polynomial.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ The features of x are the blocks x * roll(x, -delta) for delta = 0 ... D // 2, e
 a row, every block is one contiguous piece of storage and all of them are one multiplication. x itself stands before them and
 carries the linear term. The state has D columns and (D // 2 + 2) D rows, whatever N is.
 
-q holds unit vectors times the temperature, k unit vectors, v values with mean zero: (n, N, D) for n heads, contiguous, fp32 or fp64.
-The polynomial is p(x) = x^2 / 2 + x, without its constant, which the caller adds.
+q holds unit vectors times the temperature, k unit vectors, v values with mean zero: (n, N, D) for n heads, contiguous, fp32 or
+fp64. The polynomial is p(x) = x^2 / 2 + x, without its constant, which the caller adds.
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..complexity import cheaper_form
-from . import cpu, reference
+from . import cpu, form_table, reference
 
 Form = Literal["auto", "direct", "efficient"]
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -29,6 +28,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "reference": {"direct": reference.direct, "efficient": reference.efficient},
     "cpu": {"direct": cpu.direct, "efficient": cpu.efficient},
 }
+DEVICE_TYPES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}  # of the implementations that do not run everywhere
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,14 @@ def taylor_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, fo
         autocast dtype (fp64 stays), which is also the output's, as for F.scaled_dot_product_attention.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not agree, D = 0, form or impl is unknown, or impl lacks the form.
+        ValueError: shapes, dtypes or devices do not agree, D = 0, form or impl is unknown, impl lacks the form or the device.
     """
     q, k, v = _apply_autocast(q, k, v)
     _check_inputs(q, k, v, temperature)
     num_tokens, head_dim = q.shape[-2:]
-    form = resolve_form(num_tokens, head_dim, form)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, temperature))
     impl = resolve_impl(q.device.type, impl)
+    form = resolve_form(num_tokens, head_dim, form, impl=impl, training=training)
     forms = IMPLEMENTATIONS[impl]
     if form not in forms:
         raise ValueError(f"impl {impl!r} has form {', '.join(forms)} only, got {form!r}")
@@ -78,28 +79,54 @@ def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor) -> Tenso
     return w / w.sum(dim=-1, keepdim=True)
 
 
-def resolve_form(num_tokens: int, head_dim: int, form: str = "auto") -> str:
-    """Return "direct" or "efficient"; "auto" takes the one with fewer operations, efficient where N > N0(D).
+def resolve_form(num_tokens: int, head_dim: int, form: str = "auto", *, impl: str = "reference", training: bool = False) -> str:
+    """Return "direct" or "efficient"; "auto" takes the faster one for this many tokens.
 
-    N0 is `complexity.flops_crossover`, the paper's count. The choice depends on nothing but these two numbers.
+    The switch is where the efficient form was measured to overtake the direct one, for the head dimension, the implementation
+    and forward or training (`form_table`); what was not measured, and the reference, switch at the paper's N0, where the
+    operations are equal (`complexity.flops_crossover`). The choice depends on nothing but the arguments.
+
+    Args:
+        num_tokens: N.
+        head_dim: D.
+        form: "auto", "direct" or "efficient".
+        impl: name of an implementation, as `resolve_impl` returns it.
+        training: whether the backward pass follows.
 
     Raises:
         ValueError: form is unknown.
     """
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    return cheaper_form(num_tokens, head_dim) if form == "auto" else form
+    check_form(form)
+    if form != "auto":
+        return form
+    return "efficient" if num_tokens > form_table.crossover(head_dim, impl, training) else "direct"
 
 
 def resolve_impl(device_type: str, impl: str = "auto") -> str:
-    """Return the implementation's name; "auto" takes the best one for the device type, today "reference" for all.
+    """Return the implementation's name; "auto" takes the fastest one for the device type: "cpu" on CPU, else "reference".
 
     Raises:
-        ValueError: impl is unknown.
+        ValueError: impl is unknown or does not run on this device type.
     """
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(['auto', *IMPLEMENTATIONS])}, got {impl!r}")
-    return "reference" if impl == "auto" else impl
+    check_impl(impl)
+    if impl == "auto":
+        return "cpu" if device_type == "cpu" else "reference"
+    allowed = DEVICE_TYPES.get(impl, (device_type,))
+    if device_type not in allowed:
+        raise ValueError(f"impl {impl!r} runs on {', '.join(allowed)} only, got tensors on {device_type}")
+    return impl
+
+
+def check_form(form: str) -> None:
+    """Raise ValueError unless this is a form's name or "auto"."""
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless this is an implementation's name or "auto"."""
+    if impl not in (known := ["auto", *IMPLEMENTATIONS]):
+        raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}")
 
 
 @functools.cache

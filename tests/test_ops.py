@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from taylorvit.complexity import flops_crossover
-from taylorvit.ops import IMPLEMENTATIONS, resolve_form, resolve_impl, taylor_attention, taylor_attention_weights
+from taylorvit.ops import FASTEST, IMPLEMENTATIONS, resolve_form, resolve_impl, taylor_attention, taylor_attention_weights
 from taylorvit.ops.reference import GRADIENT_LENGTH, box, unit_vectors
 
 FORMS = ("direct", "efficient")
 HALF_AND_FULL = (torch.float16, torch.bfloat16, torch.float32)
 each_form = pytest.mark.parametrize("form", FORMS)
 each_dtype = pytest.mark.parametrize("dtype", [*HALF_AND_FULL, torch.float64], ids=str)
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpu"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test of this file with each implementation as the one that "auto" chooses."""
+    monkeypatch.setitem(FASTEST, "cpu", request.param)
 
 
 def inputs(B: int = 2, H: int = 3, N: int = 11, D: int = 5, dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
@@ -412,7 +418,7 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             taylor_attention(*tensors)
     assert [record.getMessage() for record in caplog.records] == [
-        "taylor_attention: form direct, impl cpu for 43 tokens of head dimension 7"
+        f"taylor_attention: form direct, impl {FASTEST['cpu']} for 43 tokens of head dimension 7"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from .taylor_attention import (
     DEVICE_TYPES,
+    FASTEST,
     FORMS,
     IMPLEMENTATIONS,
     check_form,
@@ -14,6 +15,7 @@ from .taylor_attention import (
 
 __all__ = [
     "DEVICE_TYPES",
+    "FASTEST",
     "FORMS",
     "IMPLEMENTATIONS",
     "check_form",

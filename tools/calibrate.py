@@ -1,0 +1,162 @@
+"""Measure where the efficient form overtakes the direct one, and write the table that form="auto" decides by.
+
+    python tools/calibrate.py --impl cpu
+    python tools/calibrate.py --impl cpu --head_dim 64 --pass forward --out /tmp/crossovers.json
+
+For every head dimension and pass the two forms are timed against each other at token counts that close in on the crossing.
+Near it both are equally fast, so a few percent of noise move it by a few percent and cost nothing. The heads fill --width, and
+the images of a batch hold --batch_tokens tokens together, as many small images are what is met in practice. Both forms are
+checked against fp64 at the crossing before it is written.
+
+Results of other implementations in the file stay, and so do head dimensions that are not asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from taylorvit.benchmark.case import DTYPES, Case
+from taylorvit.benchmark.check import check
+from taylorvit.benchmark.peers import Peer, all_peers
+from taylorvit.benchmark.provenance import provenance
+from taylorvit.benchmark.timing import compare
+from taylorvit.cli import run_program
+from taylorvit.complexity import flops_crossover
+from taylorvit.ops import FASTEST, IMPLEMENTATIONS
+from taylorvit.ops.form_table import PATH
+
+PASSES = ("forward", "training")
+HEAD_DIMS = (8, 16, 24, 32, 48, 64, 80, 96, 128)
+FEWEST, MOST = 16, 65536  # tokens
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--impl", choices=[name for name, forms in IMPLEMENTATIONS.items() if len(forms) == 2], default=FASTEST["cpu"])
+    add("--head_dim", type=int, nargs="+", default=HEAD_DIMS, metavar="D")
+    add("--pass", dest="passes", choices=PASSES, nargs="+", default=PASSES)
+    add("--width", type=int, default=192, metavar="C", help="heads times head dimension (default: %(default)s)")
+    add("--batch_tokens", type=int, default=8192, help="images x tokens, at least one image (default: %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--threads", type=int, help="of PyTorch (default: its own choice)")
+    add("--seconds", type=float, default=1.0, help="time for each form at each token count (default: %(default)s)")
+    add(
+        "--tolerance",
+        type=float,
+        default=0.05,
+        help="stop where the crossing is known to this part of it (default: %(default)s)",
+    )
+    add("--out", type=Path, default=PATH, metavar="FILE", help="default: the table of the package")
+    return parser
+
+
+def find_crossing(speedup: Callable[[int], float], guess: float, *, tolerance: float, fewest: int, most: int) -> float | None:
+    """Return the token count where `speedup` of efficient over direct passes 1, or None if it does not below `most`.
+
+    Doubles or halves from the guess until the crossing is enclosed, then bisects in the logarithm.
+    """
+    low = high = min(max(round(guess), fewest), most)
+    gains = {low: math.log(speedup(low))}
+    while gains[high] <= 0:
+        if high == most:
+            return None
+        low, high = high, min(2 * high, most)
+        gains[high] = math.log(speedup(high))
+    while gains[low] > 0:
+        if low == fewest:
+            return low
+        low, high = max(low // 2, fewest), low
+        gains[low] = math.log(speedup(low))
+    while high > low * (1 + tolerance) and high > low + 1:
+        middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
+        gains[middle] = math.log(speedup(middle))
+        low, high = (low, middle) if gains[middle] > 0 else (middle, high)
+    share = -gains[low] / (gains[high] - gains[low])
+    return low * (high / low) ** share
+
+
+def measure_crossing(peers: tuple[Peer, Peer], head_dim: int, training: bool, options: argparse.Namespace) -> int | None:
+    """Return the token count up to which direct is to be taken, or None if efficient was never ahead.
+
+    Raises:
+        RuntimeError: a form is wrong there.
+    """
+
+    def case(num_tokens: int) -> Case:
+        batch_size, num_heads = max(1, options.batch_tokens // num_tokens), max(1, options.width // head_dim)
+        return Case(batch_size, num_heads, num_tokens, head_dim, options.dtype, training, options.device)
+
+    def speedup(num_tokens: int) -> float:
+        here = case(num_tokens)
+        calls = {peer.name: here.bind(peer.build(), peer.truth) for peer in peers}
+        direct, efficient = calls
+        ratio = compare(calls, here.make_inputs, seconds=options.seconds).speedup(efficient, over=direct).median
+        print(f"  N = {num_tokens}: efficient is {ratio:.2f} times as fast", flush=True)
+        return ratio
+
+    guess = flops_crossover(head_dim, "circulant")
+    crossing = find_crossing(speedup, guess, tolerance=options.tolerance, fewest=FEWEST, most=MOST)
+    if crossing is None:
+        return None
+    there = case(round(crossing))
+    for peer in peers:
+        verdict = check(there.bind(peer.build(), peer.truth), peer.truth, there)
+        if not verdict.passed:
+            raise RuntimeError(f"{peer.name} is wrong at {there}: {verdict}")
+    return round(crossing)
+
+
+def merge(path: Path, impl: str, measured: dict[str, dict[str, int]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the file's content with the new crossings in place of the old ones."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    entry = content.setdefault(impl, {"crossovers": {}})
+    entry["provenance"], entry["settings"] = provenance(), settings
+    for pass_name, crossings in measured.items():
+        kept = entry["crossovers"].get(pass_name, {}) | crossings
+        entry["crossovers"][pass_name] = dict(sorted(kept.items(), key=lambda item: int(item[0])))
+    return content
+
+
+def main() -> None:
+    """Command line -> crossings -> table."""
+    options = build_parser().parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    if min(options.head_dim) < 1 or min(options.width, options.batch_tokens, options.seconds, options.tolerance) <= 0:
+        raise ValueError("--head_dim, --width, --batch_tokens, --seconds and --tolerance must be above 0")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    known = all_peers()
+    peers = known[f"taylor_direct_{options.impl}"], known[f"taylor_efficient_{options.impl}"]
+    if options.device not in peers[0].devices:
+        raise ValueError(f"--impl {options.impl} does not run on --device {options.device}")
+    measured: dict[str, dict[str, int]] = {}
+    for pass_name in options.passes:
+        for head_dim in options.head_dim:
+            print(f"{pass_name}, D = {head_dim}", flush=True)
+            crossing = measure_crossing(peers, head_dim, pass_name == "training", options)
+            n0, packed = flops_crossover(head_dim), flops_crossover(head_dim, "circulant")
+            print(f"  -> {crossing or f'not up to {MOST}'} (N0 {n0:.0f}, packed {packed:.0f})", flush=True)
+            if crossing is not None:
+                measured.setdefault(pass_name, {})[str(head_dim)] = crossing
+    settings = {key: getattr(options, key) for key in ("width", "batch_tokens", "dtype", "device", "seconds", "tolerance")}
+    content = merge(options.out, options.impl, measured, settings)
+    options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(options.out)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -204,7 +204,7 @@ def test_second_derivatives_are_refused(form: str) -> None:
 
 # ---- tilings
 
-# One head's keys in several tiles, its queries in several steps; several heads a step; groups of images or of heads; ragged ends.
+# One head's keys in several tiles, its queries in several steps; several heads a step; groups of images, of heads; ragged ends.
 DIRECT = {"TILE_QUERIES": 3, "TILE_KEYS": 7, "MIN_QUERIES": 2, "TILES_PER_THREAD": 2}
 TILINGS: dict[str, tuple[Shape, dict[str, int]]] = {
     "one piece": ((2, 3, 13, 4), {}),

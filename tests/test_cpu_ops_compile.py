@@ -1,0 +1,210 @@
+"""The CPU operators inside what PyTorch does to operators: opcheck, compile, export, checkpointing, DDP, functorch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from taylorvit.ops import taylor_attention
+
+Shape = tuple[int, int, int, int]
+
+FORMS = ("direct", "efficient")
+each_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def inputs(shape: Shape = (2, 3, 11, 6), dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Draw q, k, v as a packed projection gives them, and a temperature a head."""
+    batch, num_heads, num_tokens, head_dim = shape
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, num_tokens, 3, num_heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
+    temperature = torch.linspace(0.5, 3.0, num_heads, dtype=torch.promote_types(dtype, torch.float32))
+    return [*qkv.permute(2, 0, 3, 1, 4).unbind(0), temperature]
+
+
+def attention(form: str) -> Callable[..., Tensor]:
+    return partial(taylor_attention, form=form, impl="cpu")
+
+
+def outcome(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+    """Return what the function gives and the gradients of a weighted sum of it."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    y = function(*leaves)
+    weights = torch.linspace(-1.0, 1.0, y.numel()).view(y.shape)
+    (y.float() * weights).sum().backward()
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def assert_same(computed: list[Tensor], wanted: list[Tensor]) -> None:
+    for ours, theirs in zip(computed, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@each_form
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((2, 3, 11, 6), torch.float32),
+        ((1, 2, 9, 5), torch.float64),
+        ((3, 1, 8, 4), torch.bfloat16),
+        ((1, 1, 1, 1), torch.float16),
+        ((2, 3, 0, 4), torch.float32),
+    ],
+    ids=str,
+)
+def test_opcheck(form: str, shape: Shape, dtype: torch.dtype) -> None:
+    """Schema (nothing is modified or aliased), shapes and strides of the fake kernels, autograd, tracing with dynamic sizes."""
+    tensors = inputs(shape, dtype)
+    forward, backward = (getattr(torch.ops.taylorvit, name).default for name in (form, f"{form}_backward"))
+    torch.library.opcheck(forward, tuple(tensors))
+    torch.library.opcheck(forward, tuple(x.detach().requires_grad_() for x in tensors))
+    y, *saved = forward(*tensors)
+    torch.library.opcheck(backward, (torch.randn(y.shape).to(y), *tensors, *saved))
+
+
+@each_form
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_is_bit_identical(form: str, autocast: bool, around: bool) -> None:
+    """Autocast inside the compiled function, or around it and around its backward pass."""
+
+    def attend(*tensors: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return attention(form)(*tensors)
+
+    function = attention(form) if around else attend
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    wanted = outcome(attend, inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and around):
+        assert_same(outcome(compiled, inputs()), wanted)
+
+
+@each_form
+def test_one_graph_serves_all_sizes(form: str) -> None:
+    compiled = torch.compile(attention(form), fullgraph=True, dynamic=True, backend="aot_eager")
+    outcome(compiled, inputs((2, 3, 11, 6)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((4, 3, 17, 6), (3, 5, 8, 10)):
+            assert_same(outcome(compiled, inputs(shape)), outcome(attention(form), inputs(shape)))
+
+
+@pytest.mark.slow
+@each_form
+def test_inductor(form: str) -> None:
+    """What stands around the operator is compiled with it: storage orders are what the fake kernels say."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+        y = attention(form)(2 * q, k + 1, v, temperature.exp())
+        return y.transpose(1, 2).flatten(2) * 3
+
+    compiled = torch.compile(attend, fullgraph=True)
+    for ours, theirs in zip(outcome(compiled, inputs()), outcome(attend, inputs()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Attend(nn.Module):
+    """A layer without projections."""
+
+    def __init__(self, form: str, num_heads: int = 3) -> None:
+        super().__init__()
+        self.form = form
+        self.temperature = nn.Parameter(torch.linspace(0.5, 3.0, num_heads))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(self.form)(q, k, v, self.temperature)
+
+
+@each_form
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export_keeps_one_node_a_call(form: str, dynamic: bool) -> None:
+    batch, tokens = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "tokens"))
+    sizes: Any = tuple({0: batch, 2: tokens} for _ in range(3)) if dynamic else None
+    program = torch.export.export(Attend(form), tuple(inputs()[:3]), dynamic_shapes=sizes)
+    for exported in (program, program.run_decompositions()):
+        called = [str(node.target) for node in exported.graph.nodes if "taylorvit" in str(node.target)]
+        assert called == [f"taylorvit.{form}.default"]
+        *tensors, _ = inputs((5, 3, 23, 6) if dynamic else (2, 3, 11, 6), seed=1)
+        assert torch.equal(exported.module()(*tensors), Attend(form)(*tensors))
+
+
+@each_form
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(form: str, use_reentrant: bool) -> None:
+    def recomputed(*tensors: Tensor) -> Tensor:
+        return checkpoint(attention(form), *tensors, use_reentrant=use_reentrant)
+
+    assert_same(outcome(recomputed, inputs()), outcome(attention(form), inputs()))
+
+
+@each_form
+def test_distributed_data_parallel(form: str) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model, alone = DistributedDataParallel(Attend(form)), Attend(form)
+        *tensors, _ = inputs()
+        for module in (model, alone):
+            module(*tensors).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert torch.equal(model.module.temperature.grad, alone.temperature.grad)
+
+
+def right_or_refused(call: Callable[[], Tensor], wanted: Tensor) -> None:
+    """Let PyTorch, or this package, say that it cannot do it, but never return another number."""
+    result = None
+    with contextlib.suppress(RuntimeError, NotImplementedError):
+        result = call()
+    if result is not None:
+        torch.testing.assert_close(result, wanted)
+
+
+@each_form
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_right_or_refused(form: str) -> None:
+    q, k, v, temperature = inputs((2, 3, 11, 6))
+    many = [torch.stack([x, 2 * x + 1]) for x in (q, k, v)]
+    wanted = torch.stack([attention(form)(*(x[i] for x in many), temperature) for i in range(2)])
+    right_or_refused(lambda: torch.vmap(attention(form), in_dims=(0, 0, 0, None))(*many, temperature), wanted)
+
+
+@each_form
+def test_functional_gradients_are_right_or_refused(form: str) -> None:
+    tensors = inputs()
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    (wanted,) = torch.autograd.grad(attention(form)(*leaves).square().sum(), leaves[1])
+    right_or_refused(lambda: torch.func.grad(lambda *x: attention(form)(*x).square().sum(), argnums=1)(*tensors), wanted)
+
+
+@each_form
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_forward_mode_is_right_or_refused(form: str) -> None:
+    tensors = inputs(dtype=torch.float64)
+    tangents = [torch.randn_like(x) for x in tensors]
+    reference = partial(taylor_attention, form=form, impl="reference")
+    wanted = torch.func.jvp(reference, tuple(tensors), tuple(tangents))[1]
+    right_or_refused(lambda: torch.func.jvp(attention(form), tuple(tensors), tuple(tangents))[1], wanted)
+
+
+@each_form
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(form: str) -> None:
+    wanted = outcome(attention(form), inputs())
+    with FakeTensorMode():
+        for fake, real in zip(outcome(attention(form), inputs()), wanted, strict=True):
+            assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)

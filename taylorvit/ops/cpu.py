@@ -27,7 +27,7 @@ from .reference import GRADIENT_LENGTH, ZERO_LENGTH
 Tensors = tuple[Tensor, ...]
 Group = tuple[slice, slice]  # of the images and of the heads
 
-GROUP_SIZE = 2**18  # numbers of q in a group of heads
+GROUP_SIZE = 2**17  # numbers of q in a group of heads
 
 
 def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:

@@ -215,6 +215,11 @@ TILINGS: dict[str, tuple[Shape, dict[str, int]]] = {
     "few queries in several tiles of keys": ((2, 3, 15, 4), DIRECT | {"MIN_QUERIES": 100}),
     "some heads at a time, the last ones fewer": ((1, 5, 8, 4), {"TILE_QUERIES": 8, "TILE_KEYS": 8, "MIN_QUERIES": 100}),
     "some heads at a time, several tiles of keys": ((1, 5, 10, 4), {"TILE_QUERIES": 20, "TILE_KEYS": 4, "MIN_QUERIES": 100}),
+    "heads uneven for the threads, all in tiles": ((1, 5, 11, 4), {"TILE_KEYS": 4, "MIN_QUERIES": 3, "TILES_PER_THREAD": 8}),
+    "some heads at a time, all in tiles": (
+        (1, 5, 11, 3),
+        {"TILE_QUERIES": 2, "TILE_KEYS": 4, "MIN_QUERIES": 3, "TILES_PER_THREAD": 8},
+    ),
     "chunks": ((2, 3, 24, 6), {"CHUNK_TOKENS": 8}),
     "ragged chunks, odd head dimension": ((2, 3, 23, 5), {"CHUNK_TOKENS": 8}),
     "chunks of one token": ((1, 2, 5, 2), {"CHUNK_TOKENS": 1}),

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import socket
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ import torch
 import yaml
 
 from taylorvit.checkpoint import sync_folder, write_durably
+from taylorvit.provenance import cpu_name, git_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -177,10 +177,10 @@ def describe_environment() -> dict[str, Any]:
         "time": _now(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git": _git_commit(),
+        "git": git_state(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
     }
@@ -233,28 +233,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _git_commit() -> dict[str, Any] | None:
-    """Return the commit of this package's checkout and whether it was changed since; None outside of a checkout."""
-    package = Path(__file__).resolve().parent
-    if not _git(package, "ls-files", "__init__.py"):  # installed inside somebody else's repository
-        return None
-    return {"commit": _git(package, "rev-parse", "HEAD"), "dirty": bool(_git(package, "status", "--porcelain", "--", "."))}
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

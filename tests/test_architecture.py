@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the bottom up: a part imports its own layer and the ones below, never one above.
 LAYERS: list[set[str]] = [
-    {"complexity", "suggest"},
+    {"complexity", "provenance", "suggest"},
     {"ops"},
     {"attention", "benchmark"},
     {"config", "randomness"},

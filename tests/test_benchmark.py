@@ -21,7 +21,6 @@ from taylorvit.benchmark.check import check
 from taylorvit.benchmark.measure import Row, Settings, measure
 from taylorvit.benchmark.memory import _reason, can_measure_on_cpu, is_out_of_memory, peak_bytes_on_cpu
 from taylorvit.benchmark.peers import Peer, all_peers
-from taylorvit.benchmark.provenance import git_state, provenance
 from taylorvit.benchmark.report import ResultFiles, crossovers, draw, markdown_table
 from taylorvit.benchmark.timing import CandidateError, compare, default_stopwatch, make_input_sets, spread, time_on_cpu
 from taylorvit.complexity import entries_direct, ops_direct, ops_efficient
@@ -407,15 +406,3 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="--out .* cannot be written"):
         ResultFiles(tmp_path / "file", {})
-
-
-def test_where_a_number_comes_from(tmp_path: Path) -> None:
-    found = provenance()
-    assert found.keys() == {"command", "git", "date", "cpu", "cores", "threads", "gpu", "torch", "python", "system"}
-    assert found["torch"] == torch.__version__
-    assert found["threads"] == torch.get_num_threads()
-    json.dumps(found)
-    (tmp_path / ".git").mkdir()
-    assert git_state(tmp_path) is None
-    checkout = Path(__file__).resolve().parents[1]
-    assert git_state(checkout / "taylorvit") is None  # inside of a checkout, but not its top

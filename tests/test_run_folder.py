@@ -206,24 +206,3 @@ def test_environment_says_what_ran_where_and_no_secrets(tmp_path: Path, monkeypa
     assert (record["world_size"], record["mixed_precision"], record["device"]) == (2, "bf16", "cpu")
     assert record["cores"] >= 1
     assert record["memory_bytes"] > 2**28
-
-
-def test_commit_and_its_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True, capture_output=True)
-
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "__init__.py").write_text("")
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "package" / "run_folder.py"))
-    git("init")
-    assert run_folder.describe_environment()["git"] is None  # in a checkout that does not track the package
-    git("add", ".")
-    git("commit", "-m", "x")
-    found = run_folder.describe_environment()["git"]
-    assert len(found["commit"]) == 40
-    assert found["dirty"] is False
-    (tmp_path / "package" / "__init__.py").write_text("changed")
-    assert run_folder.describe_environment()["git"]["dirty"] is True
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git program
-    assert run_folder.describe_environment()["git"] is None

@@ -32,9 +32,9 @@ import torch
 from taylorvit.benchmark.case import DTYPES, Case
 from taylorvit.benchmark.measure import GIB, Settings, measure
 from taylorvit.benchmark.peers import Peer, all_peers
-from taylorvit.benchmark.provenance import provenance
 from taylorvit.benchmark.report import ResultFiles, draw, markdown_table
 from taylorvit.cli import run_program
+from taylorvit.provenance import provenance
 from taylorvit.suggest import nearest
 
 PASSES = ("forward", "training")

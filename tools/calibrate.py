@@ -28,12 +28,12 @@ import torch
 from taylorvit.benchmark.case import DTYPES, Case
 from taylorvit.benchmark.check import check
 from taylorvit.benchmark.peers import Peer, all_peers
-from taylorvit.benchmark.provenance import provenance
 from taylorvit.benchmark.timing import compare
 from taylorvit.cli import run_program
 from taylorvit.complexity import flops_crossover
 from taylorvit.ops import FASTEST, IMPLEMENTATIONS
 from taylorvit.ops.form_table import PATH
+from taylorvit.provenance import provenance
 
 PASSES = ("forward", "training")
 HEAD_DIMS = (8, 16, 24, 32, 48, 64, 80, 96, 128)

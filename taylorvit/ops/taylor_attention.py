@@ -1,7 +1,7 @@
 """The public operation: checks its inputs, chooses the form and the implementation, and calls it.
 
 `form` is mathematics (direct or efficient: one function, two orders of summation), `impl` is machinery. What is asked for by
-name is given or refused; only "auto" chooses, from shapes and device type alone.
+name is given or refused; only "auto" chooses, from shapes, device type and whether gradients are wanted.
 
 To add an implementation, write one function a form with the signature of `reference.direct` and enter it in
 IMPLEMENTATIONS. It is called with checked inputs: q, k, v (B, H, N, D) of one floating dtype and any strides, N may be 0,

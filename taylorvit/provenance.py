@@ -1,4 +1,4 @@
-"""Where a measured number comes from: one dictionary that every result file carries."""
+"""Where a result comes from: commit, machine and versions, which every run and every result file carries."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ import torch
 def provenance() -> dict[str, Any]:
     """Return command line, commit, date, machine and versions, as JSON types.
 
-    `git` is None outside of a checkout of this package; `dirty` says whether a tracked file differs from the commit. `cores`
-    are those that this process may use, `threads` what PyTorch takes of them now.
+    `git` is None outside of a checkout of this package; `dirty` says whether the package differs from the commit. `cores` are
+    those that this process may use, `threads` what PyTorch takes of them now.
     """
     return {
         "command": shlex.join(["python", *sys.argv]),
-        "git": git_state(Path(__file__).resolve().parents[2]),
+        "git": git_state(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -34,14 +34,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def git_state(root: Path) -> dict[str, Any] | None:
-    """Return the commit of the checkout at `root` and whether it was changed since; None where `root` is no checkout's top."""
-    if not (root / ".git").exists():  # a package installed inside somebody else's checkout has not its commit
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of this package's checkout and whether it was changed since; None outside of a checkout."""
+    package = Path(__file__).resolve().parent
+    if not _git(package, "ls-files", "__init__.py"):  # installed inside somebody else's repository
         return None
-    commit = _git(root, "rev-parse", "HEAD")
-    if not commit:
-        return None
-    return {"commit": commit, "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
+    return {"commit": _git(package, "rev-parse", "HEAD"), "dirty": bool(_git(package, "status", "--porcelain", "--", "."))}
 
 
 def cpu_name() -> str:
@@ -54,9 +52,9 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

@@ -130,13 +130,15 @@ def merge(path: Path, impl: str, measured: dict[str, dict[str, int]], settings: 
     return content
 
 
-def main() -> None:
+def main() -> int:
     """Command line -> crossings -> table."""
     options = build_parser().parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
     if min(options.head_dim) < 1 or min(options.width, options.batch_tokens, options.seconds, options.tolerance) <= 0:
         raise ValueError("--head_dim, --width, --batch_tokens, --seconds and --tolerance must be above 0")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
     if options.threads:
         torch.set_num_threads(options.threads)
     known = all_peers()
@@ -156,6 +158,7 @@ def main() -> None:
     content = merge(options.out, options.impl, measured, settings)
     options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(options.out)
+    return 0
 
 
 if __name__ == "__main__":

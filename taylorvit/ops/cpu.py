@@ -130,8 +130,8 @@ def _backward(
     dtau = torch.zeros_like(tau)
     for group in _groups(q):
         means, sums, *state = (_part(x, group) for x in saved)
-        g, *inputs, tau_part = (_part(x, group) for x in (grad, q, k, v, tau))
-        queries, keys, values, _, (q_length, k_length) = _prepare(*inputs, tau_part)
+        g, q_part, k_part, v_part, tau_part = (_part(x, group) for x in (grad, q, k, v, tau))
+        queries, keys, values, _, (q_length, k_length) = _prepare(q_part, k_part, v_part, tau_part)
         dnumerator = _contiguous(torch.mul, g, scale / sums)  # (n, N, D)
         dsum = (dnumerator * means.view_as(dnumerator)).sum(dim=-1, keepdim=True).neg_()  # (n, N, 1)
         dqueries, dkeys, dvalues = form.backward(queries, keys, values, dnumerator, dsum, *(x.flatten(0, 1) for x in state))

@@ -11,19 +11,22 @@ All is computed in fp32, or fp64 for fp64 inputs. Nothing of size N x N or N x D
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
-from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import cpu_direct, cpu_efficient
 from .pieces import pieces
 from .reference import GRADIENT_LENGTH, ZERO_LENGTH
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Tensors = tuple[Tensor, ...]
 Group = tuple[slice, slice]  # of the images and of the heads
 
@@ -32,11 +35,13 @@ GROUP_SIZE = 2**17  # numbers of q in a group of heads
 
 def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Compute the attention in O(N^2 D) operations, tile by tile. Arguments and result as in `reference.direct`."""
+    _refuse_forward_mode(q, k, v, temperature)
     return _direct(q, k, v, temperature)[0]
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Compute the attention in O(N D^3) operations, chunk by chunk. Arguments and result as in `reference.efficient`."""
+    _refuse_forward_mode(q, k, v, temperature)
     return _efficient(q, k, v, temperature)[0]
 
 
@@ -86,6 +91,12 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved
     return *(_empty_like_tokens(q) for _ in range(3)), torch.empty_like(temperature)
 
 
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """Raise NotImplementedError for forward-mode derivatives, which PyTorch would take to be zero."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError("impl 'cpu' has no forward-mode derivative: use impl='reference'")
+
+
 def _save(ctx: Any, inputs: Tensors, output: Tensors) -> None:
     ctx.save_for_backward(*inputs, *output[1:])
     ctx.set_materialize_grads(False)  # of the outputs that nobody sees
@@ -95,10 +106,24 @@ def _differentiate(backward: Callable[..., Tensors], ctx: Any, grad: Tensor | No
     return backward(grad, *ctx.saved_tensors) if grad is not None else (None,) * 4
 
 
-_direct.register_autograd(partial(_differentiate, _direct_backward), setup_context=_save)
-_efficient.register_autograd(partial(_differentiate, _efficient_backward), setup_context=_save)
+_direct.register_autograd(functools.partial(_differentiate, _direct_backward), setup_context=_save)
+_efficient.register_autograd(functools.partial(_differentiate, _efficient_backward), setup_context=_save)
 
 
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Switch autocast off inside: `backward()` may be called under it, and it would round what is fp32."""
+
+    @functools.wraps(function)
+    def switched_off(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+
+    return switched_off
+
+
+@_without_autocast
 def _forward(form: ModuleType, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensors:
     """Compute y and what the backward pass needs, a few heads at a time."""
     num_tokens, head_dim = q.shape[-2:]
@@ -117,6 +142,7 @@ def _forward(form: ModuleType, q: Tensor, k: Tensor, v: Tensor, temperature: Ten
     return results
 
 
+@_without_autocast
 def _backward(
     form: ModuleType, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,7 +233,7 @@ def _empty_results(form: ModuleType, q: Tensor) -> Tensors:
     means = q.new_empty(q.shape, dtype=dtype)
     sums = q.new_empty(batch, num_heads, num_tokens, 1, dtype=dtype)
     state_shape = form.state_shape(head_dim)
-    state = [q.new_empty(batch, num_heads, *state_shape, dtype=dtype)] if state_shape else []
+    state = [q.new_zeros(batch, num_heads, *state_shape, dtype=dtype)] if state_shape else []  # without tokens it is 0
     return _empty_like_tokens(q), means, sums, *state
 
 

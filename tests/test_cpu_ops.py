@@ -408,6 +408,16 @@ def test_not_finite_where_it_takes_part_and_only_there(
     assert not dtemperature[1].isfinite()
 
 
+@each_form
+@pytest.mark.parametrize("position", [0, 1], ids=["q", "k"])
+def test_a_length_beyond_the_range_is_nan_not_a_zero_vector(form: str, position: int) -> None:
+    tensors, grad = inputs((1, 2, 5, 4), torch.float32)
+    tensors[position][0, 1, 3] *= 1e30
+    y, *_ = attend(tensors, grad, form)
+    assert y[0, 0].isfinite().all()
+    assert y[0, 1, 3 if position == 0 else slice(None)].isnan().all()
+
+
 # ---- memory
 
 

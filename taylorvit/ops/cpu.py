@@ -161,8 +161,10 @@ def _backward(
         dnumerator = _contiguous(torch.mul, g, scale / sums)  # (n, N, D)
         dsum = (dnumerator * means.view_as(dnumerator)).sum(dim=-1, keepdim=True).neg_()  # (n, N, 1)
         dqueries, dkeys, dvalues = form.backward(queries, keys, values, dnumerator, dsum, *(x.flatten(0, 1) for x in state))
-        constant = dnumerator.sum(dim=1).view(*means.shape[:2], 1, head_dim)  # of the polynomial: every value in every mean
-        torch.add(dvalues.view(means.shape), constant, out=_part(dv, group))
+        # v = centre + values: the gradient of the values is centred in turn, and that of the centre is shared by all tokens.
+        total = torch.bmm(sums.reshape(-1, 1, num_tokens), dnumerator)  # of the gradients of v, (n, 1, D)
+        shared = total.sub_(dvalues.sum(dim=1, keepdim=True)).div_(num_tokens)
+        torch.add(dvalues.view(means.shape), shared.view(*means.shape[:2], 1, head_dim), out=_part(dv, group))
         _unit_gradient(keys, dkeys, None, k_length, _part(dk, group))
         radial = _unit_gradient(queries, dqueries, tau_part, q_length, _part(dq, group))
         _part(dtau, group).add_(radial.sum(dim=(0, 2), keepdim=True) / tau_part)

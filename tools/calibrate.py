@@ -6,7 +6,7 @@
 For every head dimension and pass the two forms are timed against each other at token counts that close in on the crossing.
 Near it both are equally fast, so a few percent of noise move it by a few percent and cost nothing. The heads fill --width, and
 the images of a batch hold --batch_tokens tokens together, as many small images are what is met in practice. Both forms are
-checked against fp64 at the crossing before it is written.
+checked against fp64 where the search begins, before anything is timed, and at the crossing, before it is written.
 
 Results of other implementations in the file stay, and so do head dimensions that are not asked for.
 """
@@ -107,15 +107,19 @@ def measure_crossing(peers: tuple[Peer, Peer], head_dim: int, training: bool, op
         print(f"  N = {num_tokens}: efficient is {ratio:.2f} times as fast", flush=True)
         return ratio
 
+    def refuse_wrong_results(num_tokens: int) -> None:
+        here = case(num_tokens)
+        for peer in peers:
+            verdict = check(here.bind(peer.build(), peer.truth), peer.truth, here)
+            if not verdict.passed:
+                raise RuntimeError(f"{peer.name} is wrong at {here}: {verdict}")
+
     guess = flops_crossover(head_dim, "circulant")
+    refuse_wrong_results(round(guess))
     crossing = find_crossing(speedup, guess, tolerance=options.tolerance, fewest=FEWEST, most=MOST)
     if crossing is None:
         return None
-    there = case(round(crossing))
-    for peer in peers:
-        verdict = check(there.bind(peer.build(), peer.truth), peer.truth, there)
-        if not verdict.passed:
-            raise RuntimeError(f"{peer.name} is wrong at {there}: {verdict}")
+    refuse_wrong_results(round(crossing))
     return round(crossing)
 
 

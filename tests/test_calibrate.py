@@ -1,0 +1,91 @@
+"""tools/calibrate.py: the search for the crossing, and the file it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import calibrate
+from calibrate import find_crossing, merge
+
+from taylorvit.cli import run_program
+
+
+@pytest.mark.parametrize("truth", [40, 333, 5000])
+@pytest.mark.parametrize("guess", [16, 300, 60000.0])
+def test_the_crossing_is_found_from_any_guess(truth: int, guess: float) -> None:
+    asked: list[int] = []
+
+    def speedup(num_tokens: int) -> float:
+        asked.append(num_tokens)
+        return num_tokens / truth
+
+    found = find_crossing(speedup, guess, tolerance=0.02, fewest=16, most=65536)
+    assert found == pytest.approx(truth, rel=0.01)
+    assert len(set(asked)) == len(asked) < 25
+
+
+def test_a_crossing_outside_of_the_range() -> None:
+    assert find_crossing(lambda num_tokens: 0.9, 100, tolerance=0.05, fewest=16, most=1000) is None
+    assert find_crossing(lambda num_tokens: 1.1, 100, tolerance=0.05, fewest=16, most=1000) == 16
+
+
+def test_other_measurements_stay(tmp_path: Path) -> None:
+    path = tmp_path / "crossovers.json"
+    path.write_text(json.dumps({"a": {"crossovers": {"forward": {"8": 1, "16": 2}}}, "b": {"crossovers": {}}}))
+    content = merge(path, "a", {"forward": {"8": 5, "4": 3}, "training": {"8": 6}}, {"width": 1})
+    assert content["a"]["crossovers"] == {"forward": {"4": 3, "8": 5, "16": 2}, "training": {"8": 6}}
+    assert list(content["a"]["crossovers"]["forward"]) == ["4", "8", "16"]
+    assert content["a"]["settings"] == {"width": 1}
+    assert "commit" in str(content["a"]["provenance"])
+    assert content["b"] == {"crossovers": {}}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the program as the command line would, and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["tools/calibrate.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_program(calibrate.main)
+    return int(ended.value.code)
+
+
+def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    out = tmp_path / "crossovers.json"
+    options = ["--head_dim", "2", "--pass", "forward", "--width", "4", "--batch_tokens", "256", "--threads", "1"]
+    assert run(monkeypatch, *options, "--seconds", "0.01", "--tolerance", "0.5", "--out", str(out)) == 0
+    assert "forward, D = 2" in capsys.readouterr().out
+    entry = json.loads(out.read_text())["cpu"]
+    assert entry["crossovers"]["forward"]["2"] >= 16
+    assert entry["settings"]["batch_tokens"] == 256
+
+
+def test_a_wrong_form_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(calibrate.IMPLEMENTATIONS["cpu"], "direct", lambda q, k, v, temperature: v)
+    options = ["--head_dim", "2", "--pass", "forward", "--width", "4", "--batch_tokens", "64", "--seconds", "0.01"]
+    with pytest.raises(RuntimeError, match="taylor_direct_cpu is wrong at .*: error"):
+        run(monkeypatch, *options, "--out", str(tmp_path / "crossovers.json"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--head_dim", "0"], "must be above 0"),
+        (["--seconds", "-1"], "must be above 0"),
+        (["--out", "missing/folder/table.json"], "there is no folder missing/folder"),
+        (["--impl", "fast"], "invalid choice: 'fast'"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_timed(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err

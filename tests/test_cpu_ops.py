@@ -205,20 +205,19 @@ def test_second_derivatives_are_refused(form: str) -> None:
 # ---- tilings
 
 # One head's keys in several tiles, its queries in several steps; several heads a step; groups of images, of heads; ragged ends.
-DIRECT = {"TILE_QUERIES": 3, "TILE_KEYS": 7, "MIN_QUERIES": 2, "TILES_PER_THREAD": 2}
+DIRECT = {"TILE_QUERIES": 3, "TILE_KEYS": 7, "MIN_QUERIES": 2}
 TILINGS: dict[str, tuple[Shape, dict[str, int]]] = {
     "one piece": ((2, 3, 13, 4), {}),
     "queries in steps": ((2, 3, 30, 4), DIRECT),
     "queries in steps, the last one ragged": ((2, 3, 31, 5), DIRECT),
     "one step of tiles": ((2, 3, 11, 4), DIRECT | {"TILE_QUERIES": 64}),
-    "one tile a step": ((1, 2, 11, 3), DIRECT | {"TILES_PER_THREAD": 1}),
     "few queries in several tiles of keys": ((2, 3, 15, 4), DIRECT | {"MIN_QUERIES": 100}),
     "some heads at a time, the last ones fewer": ((1, 5, 8, 4), {"TILE_QUERIES": 8, "TILE_KEYS": 8, "MIN_QUERIES": 100}),
     "some heads at a time, several tiles of keys": ((1, 5, 10, 4), {"TILE_QUERIES": 20, "TILE_KEYS": 4, "MIN_QUERIES": 100}),
-    "heads uneven for the threads, all in tiles": ((1, 5, 11, 4), {"TILE_KEYS": 4, "MIN_QUERIES": 3, "TILES_PER_THREAD": 8}),
+    "heads uneven for the threads, all in tiles": ((1, 5, 11, 4), {"TILE_KEYS": 4, "MIN_QUERIES": 3}),
     "some heads at a time, all in tiles": (
         (1, 5, 11, 3),
-        {"TILE_QUERIES": 2, "TILE_KEYS": 4, "MIN_QUERIES": 3, "TILES_PER_THREAD": 8},
+        {"TILE_QUERIES": 2, "TILE_KEYS": 4, "MIN_QUERIES": 3},
     ),
     "chunks": ((2, 3, 24, 6), {"CHUNK_TOKENS": 8}),
     "ragged chunks, odd head dimension": ((2, 3, 23, 5), {"CHUNK_TOKENS": 8}),

@@ -18,9 +18,8 @@ from torch.nn.functional import pad
 from .pieces import pieces
 from .reference import A
 
-TILE_QUERIES, TILE_KEYS = 256, 1024
+TILE_QUERIES, TILE_KEYS = 512, 1024  # a thread has one such tile at a time
 MIN_QUERIES = 64  # fewer to a tile make slow matrix products
-TILES_PER_THREAD = 2
 
 
 def state_shape(head_dim: int) -> tuple[int, ...]:
@@ -90,14 +89,14 @@ def _lay_out(x: Tensor) -> Tensor:
 
 def _is_long(num_tokens: int) -> bool:
     """Whether one head alone gives all threads enough to do."""
-    return num_tokens >= 2 * MIN_QUERIES * TILES_PER_THREAD * torch.get_num_threads()
+    return num_tokens >= 4 * MIN_QUERIES * torch.get_num_threads()
 
 
 def _num_tiles(num_heads: int, num_tokens: int) -> int:
     """Return the tiles of queries a step takes of a head: for a short sequence only so many as even out the threads' load."""
     threads = torch.get_num_threads()
     if _is_long(num_tokens):
-        return TILES_PER_THREAD * threads
+        return threads
     even = num_heads % threads == 0 or num_heads >= 4 * threads
     return 1 if even else max(1, min(threads, num_tokens // MIN_QUERIES))
 
@@ -105,7 +104,7 @@ def _num_tiles(num_heads: int, num_tokens: int) -> int:
 def _heads_at_once(num_tokens: int) -> int:
     if _is_long(num_tokens):
         return 1
-    scores = TILES_PER_THREAD * torch.get_num_threads() * TILE_QUERIES * TILE_KEYS
+    scores = torch.get_num_threads() * TILE_QUERIES * TILE_KEYS
     return max(1, scores // (num_tokens * min(num_tokens, TILE_KEYS)))
 
 

@@ -1,6 +1,6 @@
 """The sums of the efficient form on CPU: circulant features of a chunk of tokens, one matrix product a chunk.
 
-The features of x are the blocks x * roll(x, -delta) for delta = 0 ... D // 2, each D wide: every product x_a x_b is there, so
+The features of x are the blocks x * roll(x, -delta) for delta = D - D // 2 ... D, each D wide: every product x_a x_b is there, so
 (q . k)^2 = sum over features of coefficient * feature(q) * feature(k). They are laid out as (features, tokens): with x twice in
 a row, every block is one contiguous piece of storage and all of them are one multiplication. x itself stands before them and
 carries the linear term. The state has D columns and (D // 2 + 2) D rows, whatever N is.
@@ -84,9 +84,10 @@ def _features(x: Tensor, storage: Tensor) -> tuple[Tensor, Tensor]:
     doubled = everything[:, : 2 * head_dim]
     doubled[:, :head_dim] = x.mT
     doubled[:, head_dim:] = doubled[:, :head_dim]
-    rolled = storage.as_strided((num_heads, blocks, block), (size, tokens, 1))  # block delta starts at row delta of `doubled`
+    first = (head_dim - head_dim // 2) * tokens  # delta = D - D // 2 ... D, the squares last: block delta starts at row delta
+    rolled = storage.as_strided((num_heads, blocks, block), (size, tokens, 1), first)
     products = storage.as_strided((num_heads, blocks, block), (size, block, 1), 2 * block)
-    torch.mul(rolled[:, :1], rolled, out=products)
+    torch.mul(rolled[:, -1:], rolled, out=products)
     return doubled, everything[:, head_dim:]
 
 
@@ -98,7 +99,7 @@ def _fold(dfeatures: Tensor, doubled: Tensor) -> Tensor:
     dx = torch.zeros_like(doubled)
     first, x = dx[:, :head_dim], doubled[:, :head_dim]
     first.copy_(blocks[:, 0])  # the linear term
-    for delta, block in enumerate(blocks.unbind(1)[1:]):
+    for delta, block in enumerate(blocks.unbind(1)[1:], start=head_dim - head_dim // 2):
         rolled = slice(delta, delta + head_dim)
         first.addcmul_(block, doubled[:, rolled])
         dx[:, rolled].addcmul_(block, x)
@@ -110,9 +111,9 @@ def _coefficients(state: Tensor) -> Tensor:
     head_dim = state.shape[-1]
     coefficients = state.new_full((head_dim // 2 + 2, head_dim, 1), 2 * A)
     coefficients[0] = 1
-    coefficients[1] = A  # x_a x_a
+    coefficients[-1] = A  # x_a x_a
     if head_dim % 2 == 0:
-        coefficients[-1] = A  # delta = D / 2 visits every pair twice
+        coefficients[1] = A  # delta = D / 2 visits every pair twice
     return coefficients.view(-1, 1)
 
 

@@ -1,7 +1,7 @@
 """The sums of the efficient form on CPU: circulant features of a chunk of tokens, one matrix product a chunk.
 
-The features of x are the blocks x * roll(x, -delta) for delta = D - D // 2 ... D, each D wide: every product x_a x_b is there, so
-(q . k)^2 = sum over features of coefficient * feature(q) * feature(k). They are laid out as (features, tokens): with x twice in
+The features of x are the blocks x * roll(x, -delta) for delta = D - D // 2 ... D, each D wide: every product x_a x_b is there,
+so (q . k)^2 = sum over features of coefficient * feature(q) * feature(k). They lie as (features, tokens): with x twice in
 a row, every block is one contiguous piece of storage and all of them are one multiplication. x itself stands before them and
 carries the linear term. The state has D columns and (D // 2 + 2) D rows, whatever N is.
 

@@ -130,7 +130,7 @@ def _forward(form: ModuleType, q: Tensor, k: Tensor, v: Tensor, temperature: Ten
     scale = math.sqrt(num_tokens / head_dim)
     tau = temperature.to(_sum_dtype(q)).view(1, -1, 1, 1)
     results = _empty_results(form, q)
-    for group in _groups(q):
+    for group in _groups(form, q):
         y, means, sums, *state = (_part(x, group) for x in results)
         queries, keys, values, centre, _ = _prepare(*(_part(x, group) for x in (q, k, v, tau)))
         numerator, weight_sum, *new_state = form.forward(queries, keys, values)
@@ -154,7 +154,7 @@ def _backward(
     tau = temperature.to(_sum_dtype(q)).view(1, -1, 1, 1)
     tau = tau.masked_fill(tau.abs() < ZERO_LENGTH, ZERO_LENGTH)
     dtau = torch.zeros_like(tau)
-    for group in _groups(q):
+    for group in _groups(form, q):
         means, sums, *state = (_part(x, group) for x in saved)
         g, q_part, k_part, v_part, tau_part = (_part(x, group) for x in (grad, q, k, v, tau))
         queries, keys, values, _, (q_length, k_length) = _prepare(q_part, k_part, v_part, tau_part)
@@ -206,12 +206,15 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _groups(q: Tensor) -> Iterator[Group | None]:
-    """Cut (B, H) into groups of heads of about GROUP_SIZE numbers: all heads of some images, or some heads of one."""
+def _groups(form: ModuleType, q: Tensor) -> Iterator[Group | None]:
+    """Cut (B, H) into groups of heads: all heads of some images, or some heads of one.
+
+    A group has about GROUP_SIZE numbers, as larger blocks of scratch memory are slow to get, but enough heads for all threads.
+    """
     batch, num_heads, num_tokens, head_dim = q.shape
     if not q.numel():
         return
-    at_once = max(1, GROUP_SIZE // (num_tokens * head_dim))
+    at_once = max(form.min_heads(head_dim), GROUP_SIZE // (num_tokens * head_dim))
     if at_once >= batch * num_heads:
         yield None
         return

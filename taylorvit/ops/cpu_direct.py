@@ -22,6 +22,11 @@ TILE_QUERIES, TILE_KEYS = 512, 1024  # a thread has one such tile at a time
 MIN_QUERIES = 64  # fewer to a tile make slow matrix products
 
 
+def min_heads(head_dim: int) -> int:
+    """Return the number of heads that keep all threads busy: one, as its queries can be shared out."""
+    return 1
+
+
 def state_shape(head_dim: int) -> tuple[int, ...]:
     """Return (): this form keeps no state."""
     return ()

@@ -21,6 +21,11 @@ CHUNK_TOKENS = 256
 FEATURES_PER_THREAD = 640_000  # numbers of one chunk's features, of all heads, that a thread should have in hand
 
 
+def min_heads(head_dim: int) -> int:
+    """Return the number of heads that keep all threads busy; a step takes as many."""
+    return max(1, FEATURES_PER_THREAD * torch.get_num_threads() // (_num_rows(head_dim) * CHUNK_TOKENS))
+
+
 def state_shape(head_dim: int) -> tuple[int, ...]:
     """Return the shape of the state that `forward` returns for each head."""
     return _num_rows(head_dim), head_dim
@@ -31,7 +36,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_heads, num_tokens, head_dim = q.shape
     storage = _storage(q)
     state, numerator = q.new_zeros(num_heads, *state_shape(head_dim)), torch.empty_like(q)
-    for heads in pieces(num_heads, _heads_at_once(head_dim)):
+    for heads in pieces(num_heads, min_heads(head_dim)):
         for chunk in pieces(num_tokens, CHUNK_TOKENS):
             _, features = _features(k[heads, chunk], storage)
             state[heads].baddbmm_(features, v[heads, chunk])
@@ -59,7 +64,7 @@ def backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, grad_sum: Tensor, st
     # The numerator, through the features and the state.
     storage, grad_storage = _storage(q), _storage(q)
     dstate = torch.zeros_like(state)
-    for heads in pieces(num_heads, _heads_at_once(head_dim)):
+    for heads in pieces(num_heads, min_heads(head_dim)):
         for chunk in pieces(num_tokens, CHUNK_TOKENS):
             doubled, features = _features(q[heads, chunk], storage)
             g = grad[heads, chunk]
@@ -121,13 +126,9 @@ def _num_rows(head_dim: int) -> int:
     return (head_dim // 2 + 2) * head_dim
 
 
-def _heads_at_once(head_dim: int) -> int:
-    return max(1, FEATURES_PER_THREAD * torch.get_num_threads() // (_num_rows(head_dim) * CHUNK_TOKENS))
-
-
 def _storage(x: Tensor) -> Tensor:
     num_heads, num_tokens, head_dim = x.shape
-    heads, tokens = min(num_heads, _heads_at_once(head_dim)), min(num_tokens, CHUNK_TOKENS)
+    heads, tokens = min(num_heads, min_heads(head_dim)), min(num_tokens, CHUNK_TOKENS)
     return x.new_empty(heads * (_num_rows(head_dim) + head_dim) * tokens)
 
 

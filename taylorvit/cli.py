@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -35,3 +37,21 @@ def one_line(error: BaseException) -> str:
     if " worker process " in text and "Traceback" in text:  # PyTorch puts the worker's whole traceback into the message
         text = text.rstrip().splitlines()[-1].partition(": ")[2]
     return " ".join(text.split()) or type(error).__name__
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number above 0 from the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, got {text!r}")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Read a finite number above 0 from the command line."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text!r}")
+    return number

@@ -52,8 +52,8 @@ def test_wrong_logits_get_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch_size", "0"], "--batch_size must be above 0, got 0"),
-        (["--img_size", "-16"], "--img_size must be above 0, got -16"),
+        (["--batch_size", "0"], "a whole number above 0 is needed, got '0'"),
+        (["--img_size", "-16"], "a whole number above 0 is needed, got '-16'"),
         (["--num_heads", "5"], "5"),
         (["--model", "vit_big"], "invalid choice: 'vit_big'"),
         (["--attention", "sofmax"], "invalid choice: 'sofmax'"),

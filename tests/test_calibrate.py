@@ -13,7 +13,7 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 
 import calibrate
-from calibrate import find_crossing, merge
+from calibrate import find_crossing
 
 from taylorvit.cli import run_program
 
@@ -37,17 +37,6 @@ def test_a_crossing_outside_of_the_range() -> None:
     assert find_crossing(lambda num_tokens: 1.1, 100, tolerance=0.05, fewest=16, most=1000) == 16
 
 
-def test_other_measurements_stay(tmp_path: Path) -> None:
-    path = tmp_path / "crossovers.json"
-    path.write_text(json.dumps({"a": {"crossovers": {"forward": {"8": 1, "16": 2}}}, "b": {"crossovers": {}}}))
-    content = merge(path, "a", {"forward": {"8": 5, "4": 3}, "training": {"8": 6}}, {"width": 1})
-    assert content["a"]["crossovers"] == {"forward": {"4": 3, "8": 5, "16": 2}, "training": {"8": 6}}
-    assert list(content["a"]["crossovers"]["forward"]) == ["4", "8", "16"]
-    assert content["a"]["settings"] == {"width": 1}
-    assert "commit" in str(content["a"]["provenance"])
-    assert content["b"] == {"crossovers": {}}
-
-
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the program as the command line would, and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["tools/calibrate.py", *arguments])
@@ -59,28 +48,48 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     out = tmp_path / "crossovers.json"
+    out.write_text(json.dumps({"cpu": {"crossovers": {"forward": {"8": 1}}}, "other": {"crossovers": {}}}))
     options = ["--head_dim", "2", "--pass", "forward", "--width", "4", "--batch_tokens", "256", "--threads", "1"]
     assert run(monkeypatch, *options, "--seconds", "0.01", "--tolerance", "0.5", "--out", str(out)) == 0
     assert "forward, D = 2" in capsys.readouterr().out
-    entry = json.loads(out.read_text())["cpu"]
+    table = json.loads(out.read_text())
+    assert table["other"] == {"crossovers": {}}
+    entry = table["cpu"]
+    assert entry["crossovers"].keys() == {"forward"}
+    assert entry["crossovers"]["forward"].keys() == {"2"}  # of another run, its 8 is gone
     assert entry["crossovers"]["forward"]["2"] >= 16
+    assert "commit" in str(entry["provenance"])
     assert entry["settings"]["batch_tokens"] == 256
 
 
 def test_a_wrong_form_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(calibrate.IMPLEMENTATIONS["cpu"], "direct", lambda q, k, v, temperature: v)
     options = ["--head_dim", "2", "--pass", "forward", "--width", "4", "--batch_tokens", "64", "--seconds", "0.01"]
+    out = tmp_path / "crossovers.json"
     with pytest.raises(RuntimeError, match="taylor_direct_cpu is wrong at .*: error"):
-        run(monkeypatch, *options, "--out", str(tmp_path / "crossovers.json"))
-    assert not list(tmp_path.iterdir())
+        run(monkeypatch, *options, "--out", str(out))
+    assert not out.read_text()
+
+
+def test_a_crossing_that_is_not_met_is_written_as_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(calibrate, "find_crossing", lambda *args, **keywords: None)
+    out = tmp_path / "crossovers.json"
+    assert (
+        run(monkeypatch, "--head_dim", "2", "--pass", "training", "--width", "2", "--batch_tokens", "64", "--out", str(out))
+        == 0
+    )
+    assert json.loads(out.read_text())["cpu"]["crossovers"] == {"training": {"2": None}}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--head_dim", "0"], "must be above 0"),
-        (["--seconds", "-1"], "must be above 0"),
-        (["--out", "missing/folder/table.json"], "there is no folder missing/folder"),
+        (["--head_dim", "0"], "a whole number above 0 is needed, got '0'"),
+        (["--seconds", "inf"], "a number above 0 is needed, got 'inf'"),
+        (["--threads", "-1"], "a whole number above 0 is needed, got '-1'"),
+        (["--out", "missing/folder/table.json"], "--out missing/folder/table.json cannot be used"),
+        (["--out", "."], "--out . cannot be used"),
+        (["--out", str(ROOT / "README.md")], "README.md cannot be used"),
         (["--impl", "fast"], "invalid choice: 'fast'"),
     ],
 )

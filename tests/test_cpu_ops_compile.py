@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from taylorvit.ops import taylor_attention
 
@@ -71,7 +72,7 @@ def assert_same(computed: list[Tensor], wanted: list[Tensor]) -> None:
 )
 def test_opcheck(form: str, shape: Shape, dtype: torch.dtype) -> None:
     """Schema (nothing is modified or aliased), shapes and strides of the fake kernels, autograd, tracing with dynamic sizes."""
-    forward, backward = (getattr(torch.ops.taylorvit, name).default for name in (form, f"{form}_backward"))
+    forward, backward = (getattr(torch.ops.taylorvit, name).default for name in (f"cpu_{form}", f"cpu_{form}_backward"))
     packed = inputs(shape, dtype)
     torch.library.opcheck(forward, tuple(packed))
     for tensors in (packed, [x.contiguous() for x in packed]):
@@ -140,7 +141,7 @@ def test_export_keeps_one_node_a_call(form: str, dynamic: bool) -> None:
     program = torch.export.export(Attend(form), tuple(inputs()[:3]), dynamic_shapes=sizes)
     for exported in (program, program.run_decompositions()):
         called = [str(node.target) for node in exported.graph.nodes if "taylorvit" in str(node.target)]
-        assert called == [f"taylorvit.{form}.default"]
+        assert called == [f"taylorvit.cpu_{form}.default"]
         *tensors, _ = inputs((5, 3, 23, 6) if dynamic else (2, 3, 11, 6), seed=1)
         assert torch.equal(exported.module()(*tensors), Attend(form)(*tensors))
 
@@ -212,3 +213,21 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(form: str) -> Non
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for fake, real in zip(outcome(attention(form), [mode.from_tensor(x) for x in tensors]), wanted, strict=True):
             assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@each_form
+def test_the_flop_counter_sees_the_matrix_products(form: str) -> None:
+    tensors = [x.requires_grad_() for x in inputs((2, 3, 50, 8))]
+    with FlopCounterMode(display=False) as counter:
+        y = attention(form)(*tensors)
+    rows = 8 * (8 // 2 + 2) + 8  # features, the linear term and the Gram matrix
+    forward = 2 * 3 * 50 * 8 * 4 * (50 if form == "direct" else rows)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == forward * (2.5 if form == "direct" else 2)
+
+
+def test_an_explicit_impl_counts_on_the_meta_device() -> None:
+    tensors = [x.to("meta") for x in inputs((2, 3, 50, 8))]
+    assert attention("direct")(*tensors).shape == (2, 3, 50, 8)

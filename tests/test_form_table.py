@@ -13,8 +13,8 @@ from taylorvit.complexity import flops_crossover
 from taylorvit.ops import IMPLEMENTATIONS, form_table, resolve_form, taylor_attention
 
 MEASURED = {
-    "cpu": {"crossovers": {"forward": {"8": 100, "4": 30}, "training": {"8": 50}}, "provenance": {}, "settings": {}},
-    "other": {"crossovers": {"forward": {"8": 7}}},
+    "cpu": {"crossovers": {"forward": {"8": 100, "2": 25}, "training": {"8": 50}}, "provenance": {}, "settings": {}},
+    "other": {"crossovers": {"forward": {"8": 7, "16": None}}},
 }
 
 
@@ -35,11 +35,23 @@ def test_the_measured_count_decides() -> None:
 
 
 @pytest.mark.usefixtures("_table")
-@pytest.mark.parametrize(("head_dim", "impl", "training"), [(16, "cpu", False), (4, "cpu", True), (8, "reference", False)])
+@pytest.mark.parametrize(
+    ("head_dim", "impl", "training"), [(16, "cpu", False), (1, "cpu", False), (4, "cpu", True), (8, "reference", False)]
+)
 def test_what_was_not_measured_switches_at_n0(head_dim: int, impl: str, training: bool) -> None:
     n0 = flops_crossover(head_dim)
     assert resolve_form(math.floor(n0), head_dim, impl=impl, training=training) == "direct"
     assert resolve_form(math.floor(n0) + 1, head_dim, impl=impl, training=training) == "efficient"
+
+
+@pytest.mark.usefixtures("_table")
+def test_between_two_head_dimensions_it_is_interpolated() -> None:
+    assert form_table.crossover(4, "cpu", False) == pytest.approx(50)
+
+
+@pytest.mark.usefixtures("_table")
+def test_a_crossing_that_was_not_met_means_never() -> None:
+    assert resolve_form(10**9, 16, impl="other") == "direct"
 
 
 @pytest.mark.usefixtures("_table")

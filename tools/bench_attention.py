@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from taylorvit.benchmark.case import DTYPES, Case
 from taylorvit.benchmark.measure import GIB, Settings, measure
 from taylorvit.benchmark.peers import Peer, all_peers
 from taylorvit.benchmark.report import ResultFiles, draw, markdown_table
-from taylorvit.cli import run_program
+from taylorvit.cli import positive_float, positive_int, run_program
 from taylorvit.provenance import provenance
 from taylorvit.suggest import nearest
 
@@ -44,21 +44,21 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--num_tokens", type=_positive_int, nargs="+", default=[197, 1025, 4097], metavar="N")
-    add("--head_dim", type=_positive_int, nargs="+", metavar="D", help="default: 64, or width / num_heads where both are given")
-    add("--num_heads", type=_positive_int, metavar="H", help="default: width / head_dim")
-    add("--width", type=_positive_int, metavar="C", help="heads times head dimension (default: 192, unless num_heads is given)")
-    add("--batch_size", type=_positive_int, default=1, metavar="B")
+    add("--num_tokens", type=positive_int, nargs="+", default=[197, 1025, 4097], metavar="N")
+    add("--head_dim", type=positive_int, nargs="+", metavar="D", help="default: 64, or width / num_heads where both are given")
+    add("--num_heads", type=positive_int, metavar="H", help="default: width / head_dim")
+    add("--width", type=positive_int, metavar="C", help="heads times head dimension (default: 192, unless num_heads is given)")
+    add("--batch_size", type=positive_int, default=1, metavar="B")
     add("--dtype", choices=DTYPES, default="float32")
     add("--pass", dest="passes", choices=PASSES, nargs="+", default=["forward"])
     add("--candidates", nargs="+", metavar="NAME", help=f"default: all for the device, of {', '.join(all_peers())}")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=_positive_int, help="of PyTorch (default: its own choice)")
-    add("--seconds", type=_positive_float, default=2.0, help="time for each candidate in each case (default: %(default)s)")
-    add("--min_rounds", type=_positive_int, default=7, help="at least, whatever they take (default: %(default)s)")
-    add("--input_sets", type=_positive_int, default=8, help="sets of inputs to rotate through (default: %(default)s)")
+    add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
+    add("--seconds", type=positive_float, default=2.0, help="time for each candidate in each case (default: %(default)s)")
+    add("--min_rounds", type=positive_int, default=7, help="at least, whatever they take (default: %(default)s)")
+    add("--input_sets", type=positive_int, default=8, help="sets of inputs to rotate through (default: %(default)s)")
     add("--memory", action="store_true", help="measure peak memory too")
-    add("--memory_limit_gib", type=_positive_float, default=8.0, help="skip what needs more by estimate (default: %(default)s)")
+    add("--memory_limit_gib", type=positive_float, default=8.0, help="skip what needs more by estimate (default: %(default)s)")
     add("--seed", type=int, default=0, help="of inputs and order (default: %(default)s)")
     add("--out", type=Path, default=Path("results/attention"), metavar="FOLDER", help="results; an earlier run's are replaced")
     return parser
@@ -98,6 +98,8 @@ def main() -> int:
     options = build_parser().parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
     if options.threads:
         torch.set_num_threads(options.threads)
     cases, peers = build_cases(options), choose_peers(options.candidates, options.device)
@@ -139,22 +141,6 @@ def _heads(num_heads: int | None, head_dims: list[int] | None, width: int | None
         if num_heads and num_heads * head_dim != width:
             raise ValueError(f"--num_heads {num_heads} times --head_dim {head_dim} is not --width {width}")
     return [(width // head_dim, head_dim) for head_dim in head_dims]
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, got {text!r}")
-    return int(text)
-
-
-def _positive_float(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text!r}")
-    return number
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from taylorvit.attention import ATTENTIONS
 from taylorvit.benchmark.timing import compare
-from taylorvit.cli import run_program
+from taylorvit.cli import positive_float, positive_int, run_program
 from taylorvit.config import ModelConfig
 from taylorvit.models import MODEL_NAMES, TaylorViT, attention_forms, build_model
 from taylorvit.provenance import provenance
@@ -70,14 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(MODEL_NAMES)}",
     )
     add("--attention", nargs="+", default=["taylorshift", "softmax"], choices=ATTENTIONS, help="the last one is the baseline")
-    add("--img_size", type=int, nargs="+", default=[224])
-    add("--num_heads", type=int, help="default: the model's")
-    add("--batch_size", type=int, default=1)
+    add("--img_size", type=positive_int, nargs="+", default=[224])
+    add("--num_heads", type=positive_int, help="default: the model's")
+    add("--batch_size", type=positive_int, default=1)
     add("--pass", dest="passes", choices=PASSES, nargs="+", default=["inference"])
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, help="of PyTorch (default: its own choice)")
-    add("--seconds", type=float, default=5.0, help="time for each candidate in each case (default: %(default)s)")
-    add("--min_rounds", type=int, default=5, help="at least, whatever they take (default: %(default)s)")
+    add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
+    add("--seconds", type=positive_float, default=5.0, help="time for each candidate in each case (default: %(default)s)")
+    add("--min_rounds", type=positive_int, default=5, help="at least, whatever they take (default: %(default)s)")
     add("--out", type=Path, default=Path("results/model"), metavar="FOLDER", help="an earlier run's result is replaced")
     return parser
 
@@ -173,12 +173,7 @@ def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for what argparse lets through; build every model on the meta device, which costs nothing."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    for name in ("batch_size", "seconds", "min_rounds"):
-        if not getattr(options, name) > 0:
-            raise ValueError(f"--{name} must be above 0, got {getattr(options, name)}")
     for img_size in options.img_size:
-        if img_size < 1:
-            raise ValueError(f"--img_size must be above 0, got {img_size}")
         for attention in options.attention:
             config = ModelConfig(name=options.model, attention=attention, img_size=img_size, num_heads=options.num_heads)
             build_model(config, device="meta")

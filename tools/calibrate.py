@@ -8,7 +8,8 @@ Near it both are equally fast, so a few percent of noise move it by a few percen
 the images of a batch hold --batch_tokens tokens together, as many small images are what is met in practice. Both forms are
 checked against fp64 where the search begins, before anything is timed, and at the crossing, before it is written.
 
-Results of other implementations in the file stay, and so do head dimensions that are not asked for.
+The implementation's entry in the file is replaced as a whole, crossing by crossing while the program runs; those of other
+implementations stay.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from taylorvit.benchmark.case import DTYPES, Case
 from taylorvit.benchmark.check import check
 from taylorvit.benchmark.peers import Peer, all_peers
 from taylorvit.benchmark.timing import compare
-from taylorvit.cli import run_program
+from taylorvit.cli import positive_float, positive_int, run_program
 from taylorvit.complexity import flops_crossover
 from taylorvit.ops import FASTEST, IMPLEMENTATIONS
 from taylorvit.ops.form_table import PATH
@@ -45,14 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--impl", choices=[name for name, forms in IMPLEMENTATIONS.items() if len(forms) == 2], default=FASTEST["cpu"])
-    add("--head_dim", type=int, nargs="+", default=HEAD_DIMS, metavar="D")
+    add("--head_dim", type=positive_int, nargs="+", default=HEAD_DIMS, metavar="D")
     add("--pass", dest="passes", choices=PASSES, nargs="+", default=PASSES)
-    add("--width", type=int, default=192, metavar="C", help="heads times head dimension (default: %(default)s)")
-    add("--batch_tokens", type=int, default=8192, help="images x tokens, at least one image (default: %(default)s)")
+    add("--width", type=positive_int, default=192, metavar="C", help="heads times head dimension (default: %(default)s)")
+    add("--batch_tokens", type=positive_int, default=8192, help="images x tokens, at least one image (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=int, help="of PyTorch (default: its own choice)")
-    add("--seconds", type=float, default=1.0, help="time for each form at each token count (default: %(default)s)")
+    add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
+    add("--seconds", type=positive_float, default=1.0, help="time for each form at each token count (default: %(default)s)")
     add(
         "--tolerance",
         type=float,
@@ -123,14 +124,19 @@ def measure_crossing(peers: tuple[Peer, Peer], head_dim: int, training: bool, op
     return round(crossing)
 
 
-def merge(path: Path, impl: str, measured: dict[str, dict[str, int]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the file's content with the new crossings in place of the old ones."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    entry = content.setdefault(impl, {"crossovers": {}})
-    entry["provenance"], entry["settings"] = provenance(), settings
-    for pass_name, crossings in measured.items():
-        kept = entry["crossovers"].get(pass_name, {}) | crossings
-        entry["crossovers"][pass_name] = dict(sorted(kept.items(), key=lambda item: int(item[0])))
+def read_table(path: Path) -> dict[str, Any]:
+    """Return the file's content, {} if there is none.
+
+    Raises:
+        ValueError: it is not such a table, or it cannot be written.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.touch()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--out {path} cannot be used: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--out {path} cannot be used: it is not a table of crossings")
     return content
 
 
@@ -139,28 +145,24 @@ def main() -> int:
     options = build_parser().parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    if min(options.head_dim) < 1 or min(options.width, options.batch_tokens, options.seconds, options.tolerance) <= 0:
-        raise ValueError("--head_dim, --width, --batch_tokens, --seconds and --tolerance must be above 0")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
     if options.threads:
         torch.set_num_threads(options.threads)
     known = all_peers()
     peers = known[f"taylor_direct_{options.impl}"], known[f"taylor_efficient_{options.impl}"]
     if options.device not in peers[0].devices:
         raise ValueError(f"--impl {options.impl} does not run on --device {options.device}")
-    measured: dict[str, dict[str, int]] = {}
+    table = read_table(options.out)
+    settings = {key: getattr(options, key) for key in ("width", "batch_tokens", "dtype", "device", "seconds", "tolerance")}
+    crossovers: dict[str, dict[str, int | None]] = {}
+    table[options.impl] = {"crossovers": crossovers, "provenance": provenance(), "settings": settings}
     for pass_name in options.passes:
-        for head_dim in options.head_dim:
+        for head_dim in sorted(options.head_dim):
             print(f"{pass_name}, D = {head_dim}", flush=True)
             crossing = measure_crossing(peers, head_dim, pass_name == "training", options)
             n0, packed = flops_crossover(head_dim), flops_crossover(head_dim, "circulant")
             print(f"  -> {crossing or f'not up to {MOST}'} (N0 {n0:.0f}, packed {packed:.0f})", flush=True)
-            if crossing is not None:
-                measured.setdefault(pass_name, {})[str(head_dim)] = crossing
-    settings = {key: getattr(options, key) for key in ("width", "batch_tokens", "dtype", "device", "seconds", "tolerance")}
-    content = merge(options.out, options.impl, measured, settings)
-    options.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            crossovers.setdefault(pass_name, {})[str(head_dim)] = crossing
+            options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     print(options.out)
     return 0
 

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylorvit.ops import check_form, check_impl, resolve_form, resolve_impl, taylor_attention, taylor_attention_weights
+from taylorvit.ops import (
+    check_form,
+    check_impl,
+    resolve_form,
+    resolve_impl,
+    taylor_attention,
+    taylor_attention_weights,
+    wants_gradient,
+)
 
 
 def check_options(*, form: str = "auto", impl: str = "auto", temperature_init: float = 1.0) -> None:
@@ -114,7 +122,7 @@ class TaylorShift(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         hooks = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
-        if hooks and self.resolved_form(q.shape[-2], training=torch.is_grad_enabled()) == "direct":
+        if hooks and self.resolved_form(q.shape[-2], training=wants_gradient(q, k, v, self.temperature)) == "direct":
             weights = self.attn_drop(taylor_attention_weights(q, k, self.temperature))  # (B, H, N, N)
             return math.sqrt(q.shape[-2] / self.head_dim) * (weights.to(v.dtype) @ v)
         return taylor_attention(q, k, v, self.temperature, form=self.form, impl=self.impl)

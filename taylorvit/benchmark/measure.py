@@ -20,7 +20,7 @@ from .timing import CandidateError, Comparison, compare
 Status = Literal["ok", "wrong", "failed", "cannot run", "skipped", "out of memory"]
 Call = Callable[..., tuple[Tensor, ...]]
 GIB = 2**30
-SMALL_TOKENS = 65  # enough for one tile and a rest
+SMALL_TOKENS = 65  # shows a wrong formula at once
 
 
 @dataclass

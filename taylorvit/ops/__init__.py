@@ -11,6 +11,7 @@ from .taylor_attention import (
     resolve_impl,
     taylor_attention,
     taylor_attention_weights,
+    wants_gradient,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "resolve_impl",
     "taylor_attention",
     "taylor_attention_weights",
+    "wants_gradient",
 ]

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu_direct, cpu_efficient
 from .pieces import pieces
@@ -45,21 +46,21 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     return _efficient(q, k, v, temperature)[0]
 
 
-@torch.library.custom_op("taylorvit::direct", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("taylorvit::cpu_direct", mutates_args=(), device_types="cpu")
 def _direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, and for the backward pass the means of the centred values (B, H, N, D) and the weights' sums (B, H, N, 1)."""
     y, means, sums = _forward(cpu_direct, q, k, v, temperature)
     return y, means, sums
 
 
-@torch.library.custom_op("taylorvit::efficient", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("taylorvit::cpu_efficient", mutates_args=(), device_types="cpu")
 def _efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return what `_direct` returns and the state of every head (B, H, rows, D)."""
     y, means, sums, state = _forward(cpu_efficient, q, k, v, temperature)
     return y, means, sums, state
 
 
-@torch.library.custom_op("taylorvit::direct_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("taylorvit::cpu_direct_backward", mutates_args=(), device_types="cpu")
 def _direct_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, means: Tensor, sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,7 +68,7 @@ def _direct_backward(
     return _backward(cpu_direct, grad, q, k, v, temperature, means, sums)
 
 
-@torch.library.custom_op("taylorvit::efficient_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("taylorvit::cpu_efficient_backward", mutates_args=(), device_types="cpu")
 def _efficient_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, means: Tensor, sums: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,15 +100,50 @@ def _refuse_forward_mode(*tensors: Tensor) -> None:
 
 def _save(ctx: Any, inputs: Tensors, output: Tensors) -> None:
     ctx.save_for_backward(*inputs, *output[1:])
-    ctx.set_materialize_grads(False)  # of the outputs that nobody sees
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(backward: Callable[..., Tensors], ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     return backward(grad, *ctx.saved_tensors) if grad is not None else (None,) * 4
 
 
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> Tensors:
+    raise NotImplementedError("impl 'cpu' has no second derivative: use impl='reference'")
+
+
+def _keep_nothing(ctx: Any, inputs: Tensors, output: Tensors) -> None:
+    pass
+
+
 _direct.register_autograd(functools.partial(_differentiate, _direct_backward), setup_context=_save)
 _efficient.register_autograd(functools.partial(_differentiate, _efficient_backward), setup_context=_save)
+for _operator in (_direct_backward, _efficient_backward):
+    _operator.register_autograd(_refuse_second_derivative, setup_context=_keep_nothing)
+
+
+# What FlopCounterMode counts: the matrix products over the tokens, a multiply-add as two operations.
+_OPERATORS = torch.ops.taylorvit
+
+
+@register_flop_formula(_OPERATORS.cpu_direct)
+def _(q: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 4 * math.prod(q) * q[-2]
+
+
+@register_flop_formula(_OPERATORS.cpu_direct_backward)
+def _(grad: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 10 * math.prod(grad) * grad[-2]
+
+
+@register_flop_formula(_OPERATORS.cpu_efficient)
+def _(q: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 4 * math.prod(q) * (cpu_efficient.state_shape(q[-1])[0] + q[-1])
+
+
+@register_flop_formula(_OPERATORS.cpu_efficient_backward)
+def _(grad: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 8 * math.prod(grad) * (cpu_efficient.state_shape(grad[-1])[0] + grad[-1])
 
 
 def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:

@@ -103,7 +103,7 @@ def _num_tiles(num_heads: int, num_tokens: int) -> int:
     if _is_long(num_tokens):
         return threads
     even = num_heads % threads == 0 or num_heads >= 4 * threads
-    return 1 if even else max(1, min(threads, num_tokens // MIN_QUERIES))
+    return 1 if even else max(1, min(threads, num_tokens // (2 * MIN_QUERIES)))
 
 
 def _heads_at_once(num_tokens: int) -> int:

@@ -1,12 +1,13 @@
 """Where the efficient form overtakes the direct one: measured token counts from crossovers.json, written by tools/calibrate.py.
 
 The file holds, for each implementation that was measured, a table by pass ("forward", "training") and head dimension, with the
-command, commit, hardware and date of the measurement.
+command, commit, hardware and date of the measurement. null stands for a crossing that was not met.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def load(path: Path = PATH) -> dict[tuple[str, bool], dict[int, float]]:
         return {}
     measured: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     return {
-        (impl, pass_name == "training"): {int(head_dim): crossover for head_dim, crossover in crossovers.items()}
+        (impl, pass_name == "training"): {
+            int(head_dim): math.inf if crossover is None else crossover for head_dim, crossover in crossovers.items()
+        }
         for impl, measurement in measured.items()
         for pass_name, crossovers in measurement["crossovers"].items()
     }
@@ -31,5 +34,16 @@ CROSSOVERS = load()
 
 
 def crossover(head_dim: int, impl: str, training: bool) -> float:
-    """Return the token count above which the efficient form is faster: as measured, else the paper's N0."""
-    return CROSSOVERS.get((impl, training), {}).get(head_dim) or flops_crossover(head_dim)
+    """Return the token count above which the efficient form is faster: as measured, else the paper's N0.
+
+    Between two measured head dimensions it is interpolated, as a power of the head dimension. Infinity: it never is.
+    """
+    measured = CROSSOVERS.get((impl, training), {})
+    if head_dim in measured:
+        return measured[head_dim]
+    below, above = [D for D in measured if head_dim > D], [D for D in measured if head_dim < D]
+    if not below or not above:
+        return flops_crossover(head_dim)
+    low, high = max(below), min(above)
+    share = math.log(head_dim / low) / math.log(high / low)
+    return measured[low] ** (1 - share) * measured[high] ** share

@@ -28,7 +28,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "reference": {"direct": reference.direct, "efficient": reference.efficient},
     "cpu": {"direct": cpu.direct, "efficient": cpu.efficient},
 }
-DEVICE_TYPES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",)}  # of the implementations that do not run everywhere
+DEVICE_TYPES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "meta")}  # of the implementations that do not run everywhere
 FASTEST: dict[str, str] = {"cpu": "cpu"}  # implementation by device type; "reference" for the others
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -58,7 +58,7 @@ def taylor_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, fo
     q, k, v = _apply_autocast(q, k, v)
     _check_inputs(q, k, v, temperature)
     num_tokens, head_dim = q.shape[-2:]
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, temperature))
+    training = wants_gradient(q, k, v, temperature)
     impl = resolve_impl(q.device.type, impl)
     form = resolve_form(num_tokens, head_dim, form, impl=impl, training=training)
     forms = IMPLEMENTATIONS[impl]
@@ -80,12 +80,12 @@ def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor) -> Tenso
     return w / w.sum(dim=-1, keepdim=True)
 
 
-def resolve_form(num_tokens: int, head_dim: int, form: str = "auto", *, impl: str = "reference", training: bool = False) -> str:
+def resolve_form(num_tokens: int, head_dim: int, form: str = "auto", *, impl: str, training: bool = False) -> str:
     """Return "direct" or "efficient"; "auto" takes the faster one for this many tokens.
 
     The switch is where the efficient form was measured to overtake the direct one, for the head dimension, the implementation
-    and forward or training (`form_table`); what was not measured, and the reference, switch at the paper's N0, where the
-    operations are equal (`complexity.flops_crossover`). The choice depends on nothing but the arguments.
+    and forward or training, between two measured head dimensions interpolated (`form_table`). Elsewhere it is the paper's N0,
+    where the operations are equal (`complexity.flops_crossover`). The choice depends on nothing but the arguments.
 
     Args:
         num_tokens: N.
@@ -116,6 +116,11 @@ def resolve_impl(device_type: str, impl: str = "auto") -> str:
     if device_type not in allowed:
         raise ValueError(f"impl {impl!r} runs on {', '.join(allowed)} only, got tensors on {device_type}")
     return impl
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow an operation on these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def check_form(form: str) -> None:

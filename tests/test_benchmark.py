@@ -338,7 +338,7 @@ def test_only_what_is_right_gets_a_time() -> None:
         "wrong": forgets_the_half,
         "failed": raising(RuntimeError("a fault\nwith a tail")),
         "worn": fails_later,
-        "cannot run": raising(ValueError("D must be 64")),
+        "cannot run": raising(NotImplementedError("D must be 64")),
         "out of memory": raising(MemoryError()),
     }
     peers = {name: Peer(name, lambda f=f: f) for name, f in functions.items()}

@@ -138,7 +138,7 @@ def _classify(error: BaseException) -> tuple[Status, str]:
     note = f"{type(error).__name__}: {lines[0]}"
     if is_out_of_memory(error):
         return "out of memory", ""
-    return ("cannot run" if isinstance(error, ValueError | NotImplementedError) else "failed"), note
+    return ("cannot run" if isinstance(error, NotImplementedError) else "failed"), note
 
 
 def _compare(

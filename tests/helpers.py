@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from sklearn.datasets import load_digits
 
 from taylorvit.checkpoint import load_checkpoint
+from taylorvit.cli import run_program
 from taylorvit.config import Config
 from taylorvit.config_loading import config_from_dict, config_to_dict, flatten
 from taylorvit.run_folder import RunFolder
@@ -127,3 +129,11 @@ def assert_same_state(first: Path, second: Path) -> None:
     assert not different
     assert left.meta["progress"] == right.meta["progress"]
     assert left.meta["state"] == right.meta["state"]
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, main: Callable[[], int], *arguments: str) -> int:
+    """Run a program's `main` in this process as its command line would, and return the exit code."""
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        run_program(main)
+    return int(ended.value.code)

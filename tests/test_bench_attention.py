@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_tool
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -17,23 +17,14 @@ import bench_attention
 
 from taylorvit.benchmark import paper
 from taylorvit.benchmark.memory import can_measure_on_cpu
-from taylorvit.cli import run_program
 
 QUICK = ["--threads", "1", "--seconds", "0.001", "--min_rounds", "2", "--input_sets", "2"]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the program as the command line would, and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["tools/bench_attention.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run_program(bench_attention.main)
-    return int(ended.value.code)
 
 
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--num_tokens", "80", "9", "--head_dim", "4", "2", "--width", "8", "--pass", "forward", "training", "--out"]
     names = ["sdpa", "taylor_direct_reference", "taylor_efficient_reference", "sdpa_cudnn"]
-    assert run(monkeypatch, *arguments, str(tmp_path / "out"), "--candidates", *names, *QUICK) == 0
+    assert run_tool(monkeypatch, bench_attention.main, *arguments, str(tmp_path / "out"), "--candidates", *names, *QUICK) == 0
     printed = capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "attention.json").read_text())
     rows = content["rows"]
@@ -53,7 +44,7 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
 @pytest.mark.skipif(not can_measure_on_cpu(), reason="this system does not tell the peak of resident memory")
 def test_memory_is_measured_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     arguments = ["--num_tokens", "1200", "--head_dim", "8", "--num_heads", "1", "--candidates", "paper_direct", "--memory"]
-    assert run(monkeypatch, *arguments, "--out", str(tmp_path), *QUICK) == 0
+    assert run_tool(monkeypatch, bench_attention.main, *arguments, "--out", str(tmp_path), *QUICK) == 0
     (row,) = json.loads((tmp_path / "attention.json").read_text())["rows"]
     assert 2 * 4 * 1200**2 < row["peak_bytes"] < 6 * 4 * 1200**2
     assert row["peak_bytes"] < 1.5 * row["estimated_bytes"]
@@ -69,7 +60,7 @@ def test_a_wrong_candidate_gets_no_time(
 
     monkeypatch.setattr(paper, "direct", wrong)
     arguments = ["--num_tokens", "20", "--num_heads", "1", "--head_dim", "4", "--candidates", "paper_direct", "paper_efficient"]
-    assert run(monkeypatch, *arguments, "--out", str(tmp_path), *QUICK) == 1
+    assert run_tool(monkeypatch, bench_attention.main, *arguments, "--out", str(tmp_path), *QUICK) == 1
     rows = {row["candidate"]: row for row in json.loads((tmp_path / "attention.json").read_text())["rows"]}
     assert rows["paper_efficient"]["seconds"] > 0
     assert (rows["paper_direct"]["status"], rows["paper_direct"]["seconds"]) == ("wrong", None)
@@ -96,7 +87,7 @@ def test_bad_inputs_are_refused_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, message: str
 ) -> None:
     tiny = ["--num_tokens", "4", *QUICK]  # it takes no time where it is not refused
-    assert run(monkeypatch, *tiny, "--out", str(tmp_path / "out"), *arguments.split()) == 2
+    assert run_tool(monkeypatch, bench_attention.main, *tiny, "--out", str(tmp_path / "out"), *arguments.split()) == 2
     captured = capsys.readouterr()
     assert message in captured.err.splitlines()[-1]
     assert captured.out == ""
@@ -105,7 +96,12 @@ def test_bad_inputs_are_refused_before_anything_runs(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--device", "cuda", "--num_tokens", "4", *QUICK, "--out", str(tmp_path / "out")) == 2
+    assert (
+        run_tool(
+            monkeypatch, bench_attention.main, "--device", "cuda", "--num_tokens", "4", *QUICK, "--out", str(tmp_path / "out")
+        )
+        == 2
+    )
     assert capsys.readouterr().err == "error: --device cuda: PyTorch sees no GPU here\n"
 
 
@@ -113,7 +109,7 @@ def test_a_folder_that_is_a_file_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
-    assert run(monkeypatch, "--out", str(tmp_path / "file")) == 2
+    assert run_tool(monkeypatch, bench_attention.main, "--out", str(tmp_path / "file")) == 2
     assert "file cannot be written: File exists" in capsys.readouterr().err
 
 

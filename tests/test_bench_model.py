@@ -7,29 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_tool
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import bench_model
 
-from taylorvit.cli import run_program
 from taylorvit.ops import IMPLEMENTATIONS
 
 TINY = ["--model", "taylorvit_tiny_patch16_224", "--img_size", "32", "--seconds", "0.001", "--min_rounds", "1"]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the program as the command line would, and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["tools/bench_model.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run_program(bench_model.main)
-    return int(ended.value.code)
-
-
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--pass", "inference", "training", "--batch_size", "2", "--num_heads", "12", "--out", str(tmp_path)]
-    assert run(monkeypatch, *TINY, *arguments) == 0
+    assert run_tool(monkeypatch, bench_model.main, *TINY, *arguments) == 0
     content = json.loads((tmp_path / "model.json").read_text())
     rows = content["rows"]
     assert [(row["attention"], row["pass_name"]) for row in rows] == [
@@ -45,7 +36,7 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
 def test_wrong_logits_get_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(IMPLEMENTATIONS["cpu"], "direct", lambda q, k, v, temperature: v)
     with pytest.raises(RuntimeError, match="taylorshift's logits are .* off the reference's at 32 pixels"):
-        run(monkeypatch, *TINY, "--out", str(tmp_path))
+        run_tool(monkeypatch, bench_model.main, *TINY, "--out", str(tmp_path))
     assert " s | " not in capsys.readouterr().out
 
 
@@ -62,6 +53,6 @@ def test_wrong_logits_get_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def test_bad_input_ends_before_anything_is_timed(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, *arguments, "--out", str(tmp_path / "out")) == 2
+    assert run_tool(monkeypatch, bench_model.main, *arguments, "--out", str(tmp_path / "out")) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

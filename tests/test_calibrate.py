@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_tool
 
 sys.path.insert(0, str(ROOT / "tools"))
 
 import calibrate
 from calibrate import find_crossing
-
-from taylorvit.cli import run_program
 
 
 @pytest.mark.parametrize("truth", [40, 333, 5000])
@@ -37,20 +35,12 @@ def test_a_crossing_outside_of_the_range() -> None:
     assert find_crossing(lambda num_tokens: 1.1, 100, tolerance=0.05, fewest=16, most=1000) == 16
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Run the program as the command line would, and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["tools/calibrate.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        run_program(calibrate.main)
-    return int(ended.value.code)
-
-
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     out = tmp_path / "crossovers.json"
     out.write_text(json.dumps({"cpu": {"crossovers": {"forward": {"8": 1}}}, "other": {"crossovers": {}}}))
     options = ["--head_dim", "2", "--pass", "forward", "--width", "4", "--batch_tokens", "256", "--threads", "1"]
-    assert run(monkeypatch, *options, "--seconds", "0.01", "--tolerance", "0.5", "--out", str(out)) == 0
+    assert run_tool(monkeypatch, calibrate.main, *options, "--seconds", "0.01", "--tolerance", "0.5", "--out", str(out)) == 0
     assert "forward, D = 2" in capsys.readouterr().out
     table = json.loads(out.read_text())
     assert table["other"] == {"crossovers": {}}
@@ -67,7 +57,7 @@ def test_a_wrong_form_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path:
     options = ["--head_dim", "2", "--pass", "forward", "--width", "4", "--batch_tokens", "64", "--seconds", "0.01"]
     out = tmp_path / "crossovers.json"
     with pytest.raises(RuntimeError, match="taylor_direct_cpu is wrong at .*: error"):
-        run(monkeypatch, *options, "--out", str(out))
+        run_tool(monkeypatch, calibrate.main, *options, "--out", str(out))
     assert not out.read_text()
 
 
@@ -75,7 +65,20 @@ def test_a_crossing_that_is_not_met_is_written_as_null(monkeypatch: pytest.Monke
     monkeypatch.setattr(calibrate, "find_crossing", lambda *args, **keywords: None)
     out = tmp_path / "crossovers.json"
     assert (
-        run(monkeypatch, "--head_dim", "2", "--pass", "training", "--width", "2", "--batch_tokens", "64", "--out", str(out))
+        run_tool(
+            monkeypatch,
+            calibrate.main,
+            "--head_dim",
+            "2",
+            "--pass",
+            "training",
+            "--width",
+            "2",
+            "--batch_tokens",
+            "64",
+            "--out",
+            str(out),
+        )
         == 0
     )
     assert json.loads(out.read_text())["cpu"]["crossovers"] == {"training": {"2": None}}
@@ -96,5 +99,5 @@ def test_a_crossing_that_is_not_met_is_written_as_null(monkeypatch: pytest.Monke
 def test_bad_input_ends_before_anything_is_timed(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, *arguments) == 2
+    assert run_tool(monkeypatch, calibrate.main, *arguments) == 2
     assert message in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Measure where the efficient form overtakes the direct one, and write the table that form="auto" decides by.
 
     python tools/calibrate.py --impl cpu
-    python tools/calibrate.py --impl cpu --head_dim 64 --pass forward --out /tmp/crossovers.json
+    python tools/calibrate.py --impl cpu --head_dim 64 --pass forward --out crossovers.json
 
 For every head dimension and pass the two forms are timed against each other at token counts that close in on the crossing.
 Near it both are equally fast, so a few percent of noise move it by a few percent and cost nothing. The heads fill --width, and

@@ -198,7 +198,8 @@ def _backward(
         dsum = (dnumerator * means.view_as(dnumerator)).sum(dim=-1, keepdim=True).neg_()  # (n, N, 1)
         dqueries, dkeys, dvalues = form.backward(queries, keys, values, dnumerator, dsum, *(x.flatten(0, 1) for x in state))
         # v = centre + values: the gradient of the values is centred in turn, and that of the centre is shared by all tokens.
-        total = torch.bmm(sums.reshape(-1, 1, num_tokens), dnumerator)  # of the gradients of v, (n, 1, D)
+        # Their sum, (n, 1, D). Not as a product: `sum` adds pairwise, which long sequences need.
+        total = (sums.view(-1, num_tokens, 1) * dnumerator).sum(dim=1, keepdim=True)
         shared = total.sub_(dvalues.sum(dim=1, keepdim=True)).div_(num_tokens)
         torch.add(dvalues.view(means.shape), shared.view(*means.shape[:2], 1, head_dim), out=_part(dv, group))
         _unit_gradient(keys, dkeys, None, k_length, _part(dk, group))

@@ -33,6 +33,7 @@ from taylorvit.cli import positive_float, positive_int, run_program
 from taylorvit.config import ModelConfig
 from taylorvit.models import MODEL_NAMES, TaylorViT, attention_forms, build_model
 from taylorvit.provenance import provenance
+from taylorvit.run_folder import replace_file
 
 PASSES = ("inference", "training")
 MAX_LOGIT_ERROR = 1e-4  # of the largest logit; both are fp32 and a dozen layers deep
@@ -82,24 +83,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def model_config(attention: str, img_size: int, options: argparse.Namespace) -> ModelConfig:
+    """Return the configuration of the model with this attention."""
+    return ModelConfig(name=options.model, attention=attention, img_size=img_size, num_heads=options.num_heads)
+
+
 def build_candidate(attention: str, img_size: int, options: argparse.Namespace) -> TaylorViT:
     """Return the model with this attention and seeded weights, the same for every attention where the names are."""
     torch.manual_seed(0)
-    config = ModelConfig(name=options.model, attention=attention, img_size=img_size, num_heads=options.num_heads)
-    model = build_model(config)
+    model = build_model(model_config(attention, img_size, options))
     assert isinstance(model, TaylorViT)
     return model.to(options.device)
 
 
 def logit_error(model: TaylorViT, images: Tensor, options: argparse.Namespace) -> float:
     """Return the largest difference from the plain PyTorch reference, relative to the largest logit."""
-    config = ModelConfig(
-        name=options.model,
-        attention="taylorshift",
-        attention_options={"impl": "reference"},
-        img_size=images.shape[-1],
-        num_heads=options.num_heads,
-    )
+    config = model_config("taylorshift", images.shape[-1], options)
+    config.attention_options = {"impl": "reference"}
     plain = build_model(config).to(options.device)
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -175,8 +175,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError("--device cuda: PyTorch sees no GPU here")
     for img_size in options.img_size:
         for attention in options.attention:
-            config = ModelConfig(name=options.model, attention=attention, img_size=img_size, num_heads=options.num_heads)
-            build_model(config, device="meta")
+            build_model(model_config(attention, img_size, options), device="meta")
 
 
 def main() -> int:
@@ -194,7 +193,7 @@ def main() -> int:
             print(markdown_table(new), flush=True)
             rows += new
             content = {**header, "rows": [dataclasses.asdict(row) for row in rows]}
-            (options.out / "model.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            replace_file(options.out / "model.json", json.dumps(content, indent=1) + "\n")
     print(f"\n{markdown_table(rows)}\n{options.out / 'model.json'}")
     return 0
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from taylorvit.complexity import flops_crossover
 from taylorvit.ops import FASTEST, IMPLEMENTATIONS
 from taylorvit.ops.form_table import PATH
 from taylorvit.provenance import provenance
+from taylorvit.run_folder import replace_file
 
 PASSES = ("forward", "training")
 HEAD_DIMS = (8, 16, 24, 32, 48, 64, 80, 96, 128)
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seconds", type=positive_float, default=1.0, help="time for each form at each token count (default: %(default)s)")
     add(
         "--tolerance",
-        type=float,
+        type=positive_float,
         default=0.05,
         help="stop where the crossing is known to this part of it (default: %(default)s)",
     )
@@ -132,7 +134,8 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        path.touch()
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"the folder {path.parent} is missing or cannot be written")
     except (OSError, ValueError) as error:
         raise ValueError(f"--out {path} cannot be used: {error}") from error
     if not isinstance(content, dict):
@@ -162,7 +165,7 @@ def main() -> int:
             n0, packed = flops_crossover(head_dim), flops_crossover(head_dim, "circulant")
             print(f"  -> {crossing or f'not up to {MOST}'} (N0 {n0:.0f}, packed {packed:.0f})", flush=True)
             crossovers.setdefault(pass_name, {})[str(head_dim)] = crossing
-            options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+            replace_file(options.out, json.dumps(table, indent=2) + "\n")
     print(options.out)
     return 0
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.reference import box
+
 
 def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Normalise the N x N weights by their row sums, then average the values. Arguments as `ops.reference.direct`."""
@@ -37,8 +39,3 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     constant = alpha**4 * values.sum(dim=-2, keepdim=True)
     y = quadratic + linear + constant  # (B, H, N, D + 1)
     return y[..., 1:] / y[..., :1]
-
-
-def box(x: Tensor) -> Tensor:
-    """Return all products x_a x_b: (..., D) -> (..., D^2)."""
-    return (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)

@@ -36,7 +36,7 @@ LAYERS: list[set[str]] = [
     }
     | {"original", "run_folder", "signals", "training_state", "weights"},
     {"evaluation", "report", "saving", "session"},
-    {"engine"},
+    {"engine", "studies"},
 ]
 PROGRAMS = len(LAYERS)
 LEAVES = {"complexity", "config", "randomness", "suggest"}  # import nothing of ours

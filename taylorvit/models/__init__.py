@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from taylorvit.attention import Softmax, TaylorShift, check_attention_options
 from taylorvit.models.taylor_vit import TaylorViT, default_cfgs
@@ -18,7 +18,7 @@ from taylorvit.suggest import nearest
 if TYPE_CHECKING:
     from taylorvit.config import ModelConfig
 
-__all__ = ["MODEL_NAMES", "TaylorViT", "attention_forms", "build_model"]
+__all__ = ["MODEL_NAMES", "TaylorViT", "attention_forms", "build_model", "random_inputs"]
 
 MODEL_NAMES: tuple[str, ...] = tuple(default_cfgs)
 
@@ -41,6 +41,14 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
         return _create(config, keywords)
     except (TypeError, AssertionError, KeyError, RuntimeError) as error:  # how timm and torch refuse a keyword or a size
         raise ValueError(f"model {config.name!r} refuses these settings: {type(error).__name__}: {error}") from error
+
+
+def random_inputs(
+    config: ModelConfig, batch_size: int, *, device: torch.device | str | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return standard normal images (B, C, H, W) that the model of this config takes, for measurements."""
+    shape = (batch_size, config.in_chans, config.img_size, config.img_size)
+    return torch.randn(shape, device=device, generator=generator)
 
 
 def _create(config: ModelConfig, keywords: dict[str, Any]) -> nn.Module:

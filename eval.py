@@ -29,7 +29,7 @@ from taylorvit.suggest import nearest
 from taylorvit.weights import Source, load_weights, parse_step
 
 OWN = ("help", "weights", "step", "variant", "json", "per_class", "worst")
-UNUSED = ("model.drop_path_rate", "model.drop_rate", "data.train_split")
+UNUSED = ("model.drop_path_rate", "model.drop_rate", "data.train_split", "data.test_split")
 USED = [key for key in flatten(Config()) if key.startswith(("model.", "data.")) and key not in UNUSED]
 USED += ["evaluate.batch_size", "train.mixed_precision", "train.compile", "device", "timeout_seconds"]
 OPEN = ("model.attention_options.", "model.kwargs.")  # dictionaries: the model checks what is in them

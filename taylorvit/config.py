@@ -56,8 +56,9 @@ class DataConfig:
             `fashion_mnist` (idx.gz files), `digits` (scikit-learn's, written as an image folder on first use),
             `torch/NAME` (torchvision) or `hfds/NAME` (Hugging Face datasets), both through timm's readers.
         root: folder that holds the data set.
-        train_split: sub-folder or split to train on.
-        val_split: sub-folder or split to evaluate on.
+        train_split: sub-folder or split to train on; `NAME[:90%]` is the first 90 of every 100 of its images.
+        val_split: sub-folder or split to evaluate on, such as `NAME[90%:]`, the other ten.
+        test_split: split that studies report at the end; training never opens it. null: there is none.
         num_workers: loader processes per training process; 0 loads in the training process.
         prefetch_factor: batches each worker prepares ahead.
         pin_memory: copy batches through page-locked memory (GPU only).
@@ -71,6 +72,7 @@ class DataConfig:
     root: str = "data/imagenet"
     train_split: str = "train"
     val_split: str = "val"
+    test_split: str | None = None
     num_workers: int = 8
     prefetch_factor: int = 2
     pin_memory: bool = True

@@ -41,6 +41,7 @@ FREE_TO_CHANGE = (
     "checkpoint.",
     "log.",
     "data.root",
+    "data.test_split",
     "data.num_workers",
     "data.prefetch_factor",
     "data.pin_memory",

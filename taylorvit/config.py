@@ -19,6 +19,8 @@ class ModelConfig:
         attention: a name in `taylorvit.attention.ATTENTIONS`.
         attention_options: options of that attention, such as `{form: direct, temperature_init: 1.0}`.
         num_classes: size of the classifier's output.
+        vocab_size: tokens that exist; `taylorvit_sequence` needs it, images have none.
+        max_length: tokens of the longest sequence; likewise.
         in_chans: channels of an input image, 1 (grey) or 3 (RGB).
         img_size: side of the square input, in pixels.
         patch_size: side of a patch, in pixels; null keeps the registered model's.
@@ -35,6 +37,8 @@ class ModelConfig:
     attention: str = "taylorshift"
     attention_options: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 1000
+    vocab_size: int | None = None
+    max_length: int | None = None
     in_chans: int = 3
     img_size: int = 224
     patch_size: int | None = None
@@ -54,7 +58,8 @@ class DataConfig:
     Args:
         dataset: `folder` (class sub-folders), `tar` (one tar a split, class sub-folders), `wds` (webdataset shards),
             `fashion_mnist` (idx.gz files), `digits` (scikit-learn's, written as an image folder on first use),
-            `torch/NAME` (torchvision) or `hfds/NAME` (Hugging Face datasets), both through timm's readers.
+            `torch/NAME` (torchvision) or `hfds/NAME` (Hugging Face datasets), both through timm's readers;
+            `pixels/NAME` reads any of these as sequences of grey pixels.
         root: folder that holds the data set.
         train_split: sub-folder or split to train on; `NAME[:90%]` is the first 90 of every 100 of its images.
         val_split: sub-folder or split to evaluate on, such as `NAME[90%:]`, the other ten.
@@ -247,7 +252,7 @@ class LogConfig:
     Args:
         every_updates: updates between two lines of metrics.
         tensorboard: write TensorBoard events below run_dir/tensorboard.
-        image_grid: number of augmented training images shown at the start of the run; 0 is off.
+        image_grid: number of augmented training images shown at the start of the run; 0 is off, sequences have none.
         histogram_every_epochs: temperature histograms after every so many epochs; 0 is off.
         peak_tflops: the device's peak for the model FLOP/s utilisation, in TFLOP/s; null looks known GPUs up.
     """

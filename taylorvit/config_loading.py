@@ -147,7 +147,8 @@ def _share_below_one(value: float) -> bool:
 
 
 _COUNTS = (
-    "model.num_classes model.img_size model.patch_size model.embed_dim model.depth model.num_heads "
+    "model.num_classes model.vocab_size model.max_length model.img_size model.patch_size model.embed_dim model.depth "
+    "model.num_heads "
     "data.prefetch_factor optim.lr_base_batch_size schedule.epochs schedule.stop_epoch train.global_batch_size "
     "train.micro_batch_size evaluate.batch_size evaluate.every_epochs checkpoint.every_epochs checkpoint.every_updates "
     "checkpoint.keep_best checkpoint.milestone_every_epochs log.every_updates timeout_seconds"

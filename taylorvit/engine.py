@@ -241,7 +241,7 @@ def run_update(loop: Loop, batches: Iterator[list[Tensor]], *, epoch: int, updat
             offset=split.offset(micro_step),
             global_batch_size=split.global_batch_size,
         )
-        if position == 0 and micro_step == 0 and config.log.image_grid:
+        if position == 0 and micro_step == 0 and config.log.image_grid and images.ndim == 4:  # sequences are no pictures
             shown = slice(config.log.image_grid)
             loop.logger.images(images[shown], targets[shown], session.train_set.classes, config.data.mean, config.data.std)
         if config.train.channels_last:

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from taylorvit.config import Config
-from taylorvit.data import Variant, build_dataset, build_eval_loader, check_num_classes, get_variant
+from taylorvit.data import (
+    ImageDataset,
+    PixelDataset,
+    Variant,
+    build_dataset,
+    build_eval_loader,
+    check_num_classes,
+    check_sequences,
+    get_variant,
+)
 from taylorvit.metrics import correct_in_top
 from taylorvit.models import attention_forms, build_model
 from taylorvit.weights import Source, load_into
@@ -136,10 +145,13 @@ def evaluate_checkpoint(
     """
     started = time.monotonic()
     dataset = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
-    variant = get_variant(variant_name, dataset) if variant_name else None
+    if variant_name and isinstance(dataset, PixelDataset):
+        raise ValueError(f"variant {variant_name!r} is of ImageNet, and data.dataset {config.data.dataset!r} holds sequences")
+    variant = get_variant(variant_name, dataset) if variant_name and isinstance(dataset, ImageDataset) else None
     if variant is None:
         check_num_classes(dataset, config.model.num_classes)
         _check_class_names(source, dataset.classes)
+    check_sequences(dataset, config.model)
     model = build_model(config.model)
     notes = load_into(model, state, adapt=_is_resized(source, config))
     loader = build_eval_loader(

@@ -34,15 +34,16 @@ def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return (top == labels[:, None]).any(dim=1)
 
 
-def forward_flops(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Count the FLOPs of one image's forward pass (a multiply-add is two; matrix products only), on the meta device.
+def forward_flops(model: nn.Module, input_shape: tuple[int, ...], dtype: torch.dtype | None = None) -> int:
+    """Count the FLOPs of one sample's forward pass (a multiply-add is two; matrix products only), on the meta device.
 
     Args:
         model: a model on the meta device, so that nothing is computed.
-        input_shape: (C, H, W).
+        input_shape: (C, H, W) of images, (N,) of sequences.
+        dtype: of the input; int64 for sequences, default fp32.
     """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.empty(1, *input_shape, device="meta"))
+        model.eval()(torch.empty(1, *input_shape, dtype=dtype, device="meta"))
     return counter.get_total_flops()
 
 

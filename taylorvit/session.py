@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 
 from taylorvit.config import Config, TrainConfig
 from taylorvit.data import (
+    PIXELS,
     ImageDataset,
     Mixer,
+    PixelDataset,
     TrainLoader,
     build_dataset,
     build_eval_loader,
@@ -25,13 +27,15 @@ from taylorvit.data import (
     check_augment,
     check_classes,
     check_mixing,
+    check_no_augment,
     check_num_classes,
+    check_sequences,
     dataset_fingerprint,
     epoch_updates,
 )
 from taylorvit.distributed import BatchSplit, split_batch
 from taylorvit.metrics import forward_flops, peak_flops
-from taylorvit.models import attention_forms, build_model
+from taylorvit.models import attention_forms, build_model, random_inputs
 from taylorvit.optim import build_optimizer, build_scheduler, freeze_backbone, scaled_learning_rate
 from taylorvit.randomness import seed_all
 from taylorvit.run_folder import describe_environment
@@ -46,8 +50,8 @@ class Session:
     accelerator: Accelerator
     split: BatchSplit
     updates_per_epoch: int
-    train_set: ImageDataset
-    val_set: ImageDataset
+    train_set: ImageDataset | PixelDataset
+    val_set: ImageDataset | PixelDataset
     train_loader: TrainLoader
     eval_loader: DataLoader
     mixer: Mixer
@@ -75,9 +79,9 @@ class Session:
 
     @cached_property
     def flops_per_image(self) -> int:
-        """Forward FLOPs of one image (matrix products; a multiply-add is two)."""
-        config = self.config.model
-        return forward_flops(build_model(config, device="meta"), (config.in_chans, config.img_size, config.img_size))
+        """Forward FLOPs of one image or sequence (matrix products; a multiply-add is two)."""
+        inputs = random_inputs(self.config.model, 1, device="meta")
+        return forward_flops(build_model(self.config.model, device="meta"), tuple(inputs.shape[1:]), inputs.dtype)
 
     @property
     def bare_model(self) -> nn.Module:
@@ -103,6 +107,8 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
         world_size=accelerator.num_processes,
     )
     check_augment(config.augment)
+    if config.data.dataset.startswith(PIXELS):
+        check_no_augment(config.augment)
     check_mixing(config.augment, split.micro_batch_size)
     seed_all("init", config.seed)
     model = build_model(config.model)
@@ -110,10 +116,14 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
     val_set = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
     check_classes(train_set, val_set)
     check_num_classes(train_set, config.model.num_classes)
+    for dataset in (train_set, val_set):
+        check_sequences(dataset, config.model)
     updates_per_epoch = epoch_updates(len(train_set), config.train.global_batch_size)
     notes = _prepare_model(model, config.train, finetune=finetune)
     model.to(accelerator.device)
     if config.train.channels_last:
+        if isinstance(train_set, PixelDataset):
+            raise ValueError("train.channels_last: true is for images, and data.dataset holds sequences")
         model.to(memory_format=torch.channels_last)
     ema = None
     if config.train.ema_decay is not None:
@@ -182,7 +192,7 @@ def _describe_model(session: Session) -> list[str]:
     counted = ", ".join(f"{form} x {forms.count(form)}" for form in dict.fromkeys(forms)) or "the network's own"
     return [
         f"model      {config.name}, attention {config.attention} {config.attention_options or ''}".rstrip(),
-        f"           {parameters:,} parameters, {trained:,} trained, {gigaflops:.3f} GFLOP an image forward",
+        f"           {parameters:,} parameters, {trained:,} trained, {gigaflops:.3f} GFLOP a sample forward",
         f"form       {counted} (by layer: {' '.join(forms)})",
         *(f"weights    {note}" for note in session.notes),
     ]
@@ -190,14 +200,15 @@ def _describe_model(session: Session) -> list[str]:
 
 def _describe_data(session: Session) -> list[str]:
     config, split = session.config, session.split
+    kind = "images" if isinstance(session.train_set, ImageDataset) else "sequences"
     left_out = len(session.train_set) - session.updates_per_epoch * split.global_batch_size
     return [
         f"data       {config.data.dataset} at {config.data.root}: {len(session.train_set):,} training and "
-        f"{len(session.val_set):,} validation images, {len(session.train_set.classes)} classes",
-        f"batch      {split.global_batch_size} images an update = {split.world_size} process(es) x "
-        f"{split.micro_batch_size} images x {split.accumulation} accumulation step(s)",
+        f"{len(session.val_set):,} validation {kind}, {len(session.train_set.classes)} classes",
+        f"batch      {split.global_batch_size} {kind} an update = {split.world_size} process(es) x "
+        f"{split.micro_batch_size} {kind} x {split.accumulation} accumulation step(s)",
         f"updates    {session.updates_per_epoch:,} an epoch x {config.schedule.epochs} epochs = {session.total_updates:,}; "
-        f"{left_out} images sit an epoch out, others each time",
+        f"{left_out} {kind} sit an epoch out, others each time",
     ]
 
 

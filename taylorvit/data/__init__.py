@@ -1,21 +1,24 @@
-"""Data: images by name, the order of an epoch, augmentation and label mixing, all keyed by position.
+"""Data: images and sequences by name, the order of an epoch, augmentation and label mixing, all keyed by position.
 
-`build_dataset` opens images, `build_train_loader` and `build_eval_loader` make batches of them, and `Mixer` mixes a batch.
+`build_dataset` opens them, `build_train_loader` and `build_eval_loader` make batches of them, and `Mixer` mixes a batch.
 """
 
 from taylorvit.data.augment import build_eval_transform, build_train_transform, check_augment
 from taylorvit.data.comparison import check_classes, check_num_classes, dataset_fingerprint
 from taylorvit.data.imagenet_variants import VARIANTS, Variant, get_variant
-from taylorvit.data.images import DATASETS, ImageDataset, ImageError, build_dataset
+from taylorvit.data.images import DATASETS, ImageDataset, ImageError
 from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
 from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
+from taylorvit.data.sequences import PIXELS, PixelDataset, build_dataset, check_no_augment, check_sequences
 
 __all__ = [
     "DATASETS",
+    "PIXELS",
     "VARIANTS",
     "ImageDataset",
     "ImageError",
     "Mixer",
+    "PixelDataset",
     "TrainLoader",
     "Variant",
     "build_dataset",
@@ -26,7 +29,9 @@ __all__ = [
     "check_augment",
     "check_classes",
     "check_mixing",
+    "check_no_augment",
     "check_num_classes",
+    "check_sequences",
     "dataset_fingerprint",
     "epoch_updates",
     "get_variant",

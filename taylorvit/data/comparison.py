@@ -6,9 +6,12 @@ import hashlib
 import json
 
 from taylorvit.data.images import ImageDataset
+from taylorvit.data.sequences import PixelDataset
+
+AnyDataset = ImageDataset | PixelDataset
 
 
-def check_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> None:
+def check_classes(train_dataset: AnyDataset, val_dataset: AnyDataset) -> None:
     """Raise ValueError, naming the first difference, unless both sets have the same classes.
 
     A class folder that is missing on one side would shift all later labels there.
@@ -26,14 +29,14 @@ def check_classes(train_dataset: ImageDataset, val_dataset: ImageDataset) -> Non
     raise ValueError(f"the training and the validation set number their classes differently ({counts})")
 
 
-def check_num_classes(dataset: ImageDataset, num_classes: int) -> None:
+def check_num_classes(dataset: AnyDataset, num_classes: int) -> None:
     """Raise ValueError unless the data set has `num_classes` classes."""
     if len(dataset.classes) != num_classes:
         shown = ", ".join(dataset.classes[:3])
         raise ValueError(f"model.num_classes is {num_classes}, but the data has {len(dataset.classes)} classes ({shown}, ...)")
 
 
-def dataset_fingerprint(dataset: ImageDataset) -> str:
+def dataset_fingerprint(dataset: AnyDataset) -> str:
     """Return a hex digest of the number of samples, the class names, the sample names and the labels.
 
     It does not depend on the folder that the data lie in, and reads no image. Of torchvision and Hugging Face sets, whose

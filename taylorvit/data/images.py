@@ -20,11 +20,12 @@ from torch.utils.data import Dataset
 
 from taylorvit.config import DataConfig
 from taylorvit.data.samples import FashionMnist, prepare_digits
+from taylorvit.data.subset import Subset, parse_split
 from taylorvit.data.tables import StringTable
 from taylorvit.data.webdataset import IMAGE_SUFFIXES, build_shard_source, build_tar_source
 from taylorvit.suggest import nearest
 
-DATASETS = ["folder", "tar", "wds", "fashion_mnist", "digits", "torch/NAME", "hfds/NAME"]
+DATASETS = ["folder", "tar", "wds", "fashion_mnist", "digits", "torch/NAME", "hfds/NAME", "pixels/NAME"]
 TORCH_DATASETS = ["cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "inaturalist", "imagenet"]
 TORCH_EVAL_SPLITS = ["val", "valid", "validation", "eval", "evaluation", "test"]
 IMAGE_MODES = {1: "L", 3: "RGB"}
@@ -230,18 +231,20 @@ def _check_torchvision(name: str, split: str) -> None:
         raise ValueError(f"torch/{name} has no split {split!r}{nearest(split, splits)} (known: {', '.join(splits)})")
 
 
-def build_dataset(config: DataConfig, split: str, *, in_chans: int) -> ImageDataset:
+def build_image_dataset(config: DataConfig, split: str, *, in_chans: int) -> ImageDataset:
     """Open one split of the data set that the config names.
 
     Args:
         config: the data section.
-        split: `config.train_split`, `config.val_split` or any other split of this data set.
+        split: a split of this data set, or a part such as `train[:90%]`, see `subset`.
         in_chans: 1 or 3 channels.
 
     Raises:
         ValueError: an unknown set, one that can only be streamed, missing or empty folders, damaged files.
     """
-    return ImageDataset(_build_source(config.dataset, config.root, split), in_chans=in_chans)
+    name, part = parse_split(split)
+    source = _build_source(config.dataset, config.root, name)
+    return ImageDataset(Subset(source, *part) if part else source, in_chans=in_chans)
 
 
 def _build_source(dataset: str, root: str, split: str) -> Source:

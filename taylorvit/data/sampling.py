@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -24,9 +23,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from taylorvit.config import AugmentConfig, DataConfig
 from taylorvit.data.augment import build_eval_transform, build_train_transform
 from taylorvit.data.images import ImageDataset
+from taylorvit.data.sequences import PixelDataset
 from taylorvit.randomness import numpy_generator, seed_all
 
 WORKER_NAME = "image loader"
+
+AnyDataset = ImageDataset | PixelDataset
+Transform = Callable[[Any], Tensor]  # of an image, or of tokens
 
 
 def epoch_updates(dataset_len: int, global_batch_size: int) -> int:
@@ -85,13 +88,13 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
 
 
 class KeyedDataset(Dataset):
-    """A training set fetched by (epoch, index), augmented under a seed that depends on these and the run's seed alone.
+    """A training set fetched by (epoch, index); images are augmented under a seed of these and the run's seed alone.
 
     Fetching reseeds the global generators of the process it happens in. With `num_workers=0` that is the training process:
     whoever draws there must seed first, as the engine does before each forward pass.
     """
 
-    def __init__(self, dataset: ImageDataset, transform: Callable[[Image.Image], Tensor], *, seed: int) -> None:
+    def __init__(self, dataset: AnyDataset, transform: Transform, *, seed: int) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
@@ -101,15 +104,15 @@ class KeyedDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        image, label = self.dataset[index]
+        sample, label = self.dataset[index]
         seed_all("sample", self.seed, epoch, index)
-        return self.transform(image), label
+        return self.transform(sample), label
 
 
 class IndexedDataset(Dataset):
-    """An evaluation set of (image tensor, label, index)."""
+    """An evaluation set of (tensor, label, index)."""
 
-    def __init__(self, dataset: ImageDataset, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, dataset: AnyDataset, transform: Transform) -> None:
         self.dataset = dataset
         self.transform = transform
 
@@ -117,8 +120,8 @@ class IndexedDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image, label = self.dataset[index]
-        return self.transform(image), label, index
+        sample, label = self.dataset[index]
+        return self.transform(sample), label, index
 
 
 class Loader(DataLoader):
@@ -161,7 +164,7 @@ class TrainLoader(Loader):
 
 
 def build_train_loader(
-    dataset: ImageDataset,
+    dataset: AnyDataset,
     *,
     data: DataConfig,
     augment: AugmentConfig,
@@ -173,19 +176,21 @@ def build_train_loader(
     world_size: int,
     accumulation: int,
 ) -> TrainLoader:
-    """Build the loader of one process's images (b, C, H, W) float32, normalised, and labels (b,) int64.
+    """Build the loader of one process's images (b, C, H, W) float32, normalised, or tokens (b, N) int64, and labels (b,) int64.
 
     It starts at `epoch`; `loader.set_position` before `iter(loader)` moves it to another epoch and update.
     """
-    transform = build_train_transform(
-        augment,
-        img_size=img_size,
-        interpolation=data.interpolation,
-        mean=data.mean,
-        std=data.std,
-        in_chans=dataset.in_chans,
-        crop_pct=data.crop_pct,
-    )
+    transform: Transform = _as_it_is
+    if isinstance(dataset, ImageDataset):
+        transform = build_train_transform(
+            augment,
+            img_size=img_size,
+            interpolation=data.interpolation,
+            mean=data.mean,
+            std=data.std,
+            in_chans=dataset.in_chans,
+            crop_pct=data.crop_pct,
+        )
     sampler = EpochBatchSampler(
         len(dataset),
         seed=seed,
@@ -200,19 +205,25 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    dataset: ImageDataset, *, data: DataConfig, img_size: int, batch_size: int, rank: int, world_size: int
+    dataset: AnyDataset, *, data: DataConfig, img_size: int, batch_size: int, rank: int, world_size: int
 ) -> Loader:
-    """Build the loader of one process's share: images (b, C, H, W), labels (b,), indices (b,).
+    """Build the loader of one process's share: images (b, C, H, W) or tokens (b, N), labels (b,), indices (b,).
 
     Process r evaluates images r, r + world_size, ...: over all processes each exactly once, without padding, so the number of
     batches can differ between processes and the last batch has any size.
     """
-    transform = build_eval_transform(
-        img_size=img_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=data.mean, std=data.std
-    )
+    transform: Transform = _as_it_is
+    if isinstance(dataset, ImageDataset):
+        transform = build_eval_transform(
+            img_size=img_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=data.mean, std=data.std
+        )
     share = range(rank, len(dataset), world_size)
     options = _loader_options(data, persistent=False)
     return Loader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)
+
+
+def _as_it_is(tokens: Tensor) -> Tensor:
+    return tokens
 
 
 def _loader_options(data: DataConfig, *, persistent: bool) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_bound_options_build_a_plain_instance() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("taylorshft", {}, "one of taylorshift, softmax, got 'taylorshft'; did you mean 'taylorshift'?"),
+        ("taylorshft", {}, "one of taylorshift, softmax, taylor_order, got 'taylorshft'; did you mean 'taylorshift'?"),
         ("taylorshift", {"from": "direct"}, r"no option 'from'; did you mean 'form'\? \(options: form, impl, temp"),
         ("taylorshift", {"form": "efficent"}, "one of auto, direct, efficient, got 'efficent'"),
         ("taylorshift", {"form": None}, "got None"),

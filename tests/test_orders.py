@@ -1,4 +1,4 @@
-"""Taylor polynomials of other orders: both forms against each other and the reference, and what the docstring claims of them."""
+"""Taylor polynomials of other orders: both forms against each other and the reference, and what their docstring claims."""
 
 from __future__ import annotations
 

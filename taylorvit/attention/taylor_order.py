@@ -1,8 +1,9 @@
 """TaylorShift with a Taylor polynomial of another order: the same module and parameters, another polynomial.
 
-For the study of orders (tools/order_study.py). Order 2 is TaylorShift. The even orders have positive weights, as the even Taylor
-polynomials of exp have no real zero (proof: ops/orders.py). The odd ones have negative weights where temperature times cosine is
-below -1 (order 1), -1.60 (3) or -2.18 (5), and can divide by nearly 0: their trainings may diverge, which the study shows.
+For the study of orders (tools/order_study.py). Order 2 is TaylorShift. The even orders have positive weights, as the even
+Taylor polynomials of exp have no real zero (proof: ops/orders.py). The odd ones have negative weights where temperature times
+cosine is below -1 (order 1), -1.60 (3) or -2.18 (5), and can divide by nearly 0: they are allowed, because the study has to
+show what becomes of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The attention with a Taylor polynomial of exp of any order k instead of 2, in plain PyTorch, both forms: for study, not speed.
+"""The attention with a Taylor polynomial of exp of order k instead of 2, in plain PyTorch, both forms: for study, not speed.
 
     x_ij = tau cos(q_i, k_j)
     w(x) = 1 + x + x^2 / 2! + ... + x^k / k!

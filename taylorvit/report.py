@@ -46,7 +46,7 @@ def result_row(judgement: Judgement) -> dict[str, Any]:
         "dataset": config.data.dataset,
         "root": config.data.root,
         "split": config.data.val_split,
-        "img_size": config.model.img_size,
+        "img_size": None if config.model.max_length else config.model.img_size,
         "crop_pct": config.data.crop_pct,
         "precision": config.train.mixed_precision,
         "compile": config.train.compile,

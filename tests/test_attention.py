@@ -70,7 +70,7 @@ def test_options_reach_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
         "taylorvit.attention.taylorshift.taylor_attention", lambda q, k, v, temperature, **options: given.update(options) or v
     )
     attention(tokens())
-    assert given == {"form": "efficient", "impl": "reference"}
+    assert given == {"form": "efficient", "impl": "reference", "key_mask": None}
     assert (attention.form, attention.impl) == ("efficient", "reference")
     assert attention.temperature.tolist() == [2.5] * 3
     assert TaylorShift(12, num_heads=3).temperature.tolist() == [1.0] * 3
@@ -125,14 +125,31 @@ def test_what_it_cannot_do_is_refused(arguments: dict, message: str) -> None:
         TaylorShift(12, **{"num_heads": 3, **arguments})
 
 
-def test_masks_are_refused() -> None:
+@pytest.mark.parametrize("mask", [torch.ones(10, 10), torch.ones(2, 1, 1, 10), torch.ones(2, 1, 10, 10).bool()], ids=str)
+def test_masks_of_more_than_keys_are_refused(mask: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"attn_mask must be None or torch.bool \(2, 1, 1, 10\), got torch"):
+        TaylorShift(12, num_heads=3)(tokens(), attn_mask=mask)
+
+
+def test_causal_attention_is_refused() -> None:
     attention = TaylorShift(12, num_heads=3)
-    with pytest.raises(ValueError, match=r"attn_mask must be None, got a tensor \(10, 10\)"):
-        attention(tokens(), attn_mask=torch.ones(10, 10))
     with pytest.raises(ValueError, match="is_causal must be False, got True"):
         attention(tokens(), is_causal=True)
     with pytest.raises(ValueError, match="not causal"):
         Block(12, 3, attn_layer=TaylorShift)(tokens(), is_causal=True)
+
+
+@pytest.mark.parametrize("name", ["taylorshift", "softmax"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_key_mask_leaves_tokens_out(name: str, hooked: bool) -> None:
+    """The first 6 tokens see what they would see without the last 4; so too where the attention matrix is formed for a hook."""
+    attention = get_attention(name)(12, num_heads=3)
+    if hooked:
+        attention.attn_drop.register_forward_hook(lambda module, inputs, output: None)
+    mask = torch.ones(2, 1, 1, 10, dtype=torch.bool)
+    mask[..., 6:] = False
+    expected = attention(tokens()[:, :6])
+    torch.testing.assert_close(attention(tokens(), attn_mask=mask)[:, :6], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])

@@ -107,25 +107,29 @@ class TaylorShift(nn.Module):
         nn.init.constant_(self.temperature, self.temperature_init)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend every token to every token.
+        """Attend every token to every token, or to those that attn_mask (B, 1, 1, N) bool is true for.
 
         Raises:
-            ValueError: a mask or is_causal is asked for; neither exists for this attention.
+            ValueError: another mask or is_causal is asked for; neither exists for this attention.
         """
-        refuse_mask(attn_mask, is_causal)
+        key_mask = read_key_mask(x, attn_mask, is_causal)
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         q, k, v = qkv.unbind(0)
-        x = self._attend(self.q_norm(q), self.k_norm(k), v)  # (B, H, N, D)
+        x = self._attend(self.q_norm(q), self.k_norm(k), v, key_mask)  # (B, H, N, D)
         x = self.norm(x.transpose(1, 2).reshape(B, N, C))
         return self.proj_drop(self.proj(x))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         hooks = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
         if hooks and self.resolved_form(q.shape[-2], training=wants_gradient(q, k, v, self.temperature)) == "direct":
-            weights = self.attn_drop(taylor_attention_weights(q, k, self.temperature))  # (B, H, N, N)
-            return math.sqrt(q.shape[-2] / self.head_dim) * (weights.to(v.dtype) @ v)
-        return taylor_attention(q, k, v, self.temperature, form=self.form, impl=self.impl)
+            weights = self.attn_drop(taylor_attention_weights(q, k, self.temperature, key_mask=key_mask))  # (B, H, N, N)
+            mean = weights.to(v.dtype) @ v
+            if key_mask is None:
+                return math.sqrt(q.shape[-2] / self.head_dim) * mean
+            num_kept = key_mask.sum(dim=-1, dtype=weights.dtype)[:, None, None, None]  # (B, 1, 1, 1)
+            return (num_kept / self.head_dim).sqrt().to(v.dtype) * mean
+        return taylor_attention(q, k, v, self.temperature, form=self.form, impl=self.impl, key_mask=key_mask)
 
     def resolved_form(self, num_tokens: int, *, training: bool) -> str:
         """Return the form for this many tokens on the device of the parameters: "direct" or "efficient"."""
@@ -137,14 +141,23 @@ class TaylorShift(nn.Module):
         return f"num_heads={self.num_heads}, form={self.form}, impl={self.impl}, temperature_init={self.temperature_init}"
 
 
-def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
-    """Raise ValueError if a mask or causal attention is asked for."""
-    if attn_mask is not None:
-        raise ValueError(f"TaylorShift has no attention mask: attn_mask must be None, got a tensor {tuple(attn_mask.shape)}")
+def read_key_mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """Return the mask of the keys (B, N) from what timm passes on, or None.
+
+    Raises:
+        ValueError: a mask that is not the same for all heads and queries, or causal attention.
+    """
     if is_causal:
         raise ValueError("TaylorShift is not causal: is_causal must be False, got True")
+    if attn_mask is None:
+        return None
+    B, N, _ = x.shape
+    if attn_mask.dtype != torch.bool or attn_mask.shape != (B, 1, 1, N):
+        given = f"{attn_mask.dtype} {tuple(attn_mask.shape)}"
+        raise ValueError(f"TaylorShift masks keys only: attn_mask must be None or torch.bool {(B, 1, 1, N)}, got {given}")
+    return attn_mask[:, 0, 0]
 
 
 # Both look at values or shapes that FX tracing does not know, so they stay single nodes of a traced graph.
-torch.fx.wrap("refuse_mask")
+torch.fx.wrap("read_key_mask")
 torch.fx.wrap("taylor_attention")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, form_table, reference
+from .padding import attend_to_some
 
 Form = Literal["auto", "direct", "efficient"]
 Implementation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -35,7 +36,16 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 logger = logging.getLogger(__name__)
 
 
-def taylor_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, form: str = "auto", impl: str = "auto") -> Tensor:
+def taylor_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    *,
+    form: str = "auto",
+    impl: str = "auto",
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Compute TaylorShift attention: each output is the weighted mean of v with the weights 1 + x + x^2/2, times sqrt(N / D).
 
     x = temperature * cos(q_i, k_j), one temperature per head; see `reference` for the equations.
@@ -47,6 +57,8 @@ def taylor_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, fo
         temperature: (H,), any of these dtypes: parameters stay fp32 while activations are bf16.
         form: "direct" costs O(N^2 D), "efficient" O(N D^3); "auto" is `resolve_form`.
         impl: a key of IMPLEMENTATIONS; "auto" is `resolve_impl`.
+        key_mask: (B, N) bool, false for tokens that none attends to, such as padding; N in sqrt(N / D) then counts the others.
+            A sample without any other gives NaN. See `padding`.
 
     Returns:
         (B, H, N, D) in the dtype of q. Sums are fp32 (fp64 for fp64). Under autocast q, k, v are first converted to the
@@ -66,17 +78,24 @@ def taylor_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, fo
         raise ValueError(f"impl {impl!r} has form {', '.join(forms)} only, got {form!r}")
     if not torch.compiler.is_compiling():  # a compiled graph can neither log nor look a number up that it does not know
         _log_choice_once(form, impl, num_tokens, head_dim)
-    return _without_autocast(forms[form], q, k, v, temperature)
+    if key_mask is None:
+        return _without_autocast(forms[form], q, k, v, temperature)
+    _check_key_mask(key_mask, q)
+    return _without_autocast(functools.partial(attend_to_some, forms[form]), q, k, v, temperature, key_mask)
 
 
-def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
+def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
     """Return the attention matrix of the direct form for pictures: (B, H, N, N), fp32 (fp64 for fp64), rows sum to 1.
 
-    The attention itself is sqrt(N / D) times this matrix times v. Arguments and errors as in `taylor_attention`.
+    The attention itself is sqrt(N / D) times this matrix times v, where N does not count the keys that are left out. Arguments
+    and errors as in `taylor_attention`.
     """
     q, k = _apply_autocast(q, k)
     _check_inputs(q, k, k, temperature)
     w = _without_autocast(reference.taylor_weights, q, k, temperature)
+    if key_mask is not None:
+        _check_key_mask(key_mask, q)
+        w = w * key_mask[:, None, None, :]
     return w / w.sum(dim=-1, keepdim=True)
 
 
@@ -153,6 +172,13 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
     devices = [x.device for x in (q, k, v, temperature)]
     if any(device != q.device for device in devices):
         raise ValueError(f"q, k, v and temperature must be on one device, got {', '.join(map(str, devices))}")
+
+
+def _check_key_mask(key_mask: Tensor, q: Tensor) -> None:
+    B, _, N, _ = q.shape
+    if key_mask.shape != (B, N) or key_mask.dtype != torch.bool or key_mask.device != q.device:
+        given = f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}"
+        raise ValueError(f"key_mask must be torch.bool {(B, N)} on {q.device}, got {given}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -43,7 +43,7 @@ LEAVES = {"complexity", "config", "randomness", "suggest"}  # import nothing of 
 LIFTABLE = {"complexity", "ops", "attention"}  # can be moved into another project
 FOREIGN_TO_LIFTABLE = {"timm", "accelerate", "yaml", "jsonargparse"}
 SOFTMAX = "taylorvit.attention.softmax"  # is timm's own Attention
-ARITHMETIC = {"__future__", "math", "typing"}  # all that the cost formulas need
+ARITHMETIC = {"__future__", "argparse", "json", "math", "typing"}  # all that the cost formulas and their calculator need
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

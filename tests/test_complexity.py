@@ -1,16 +1,23 @@
-"""The cost formulas against every figure the paper publishes, and against counting the root from the formulas themselves."""
+"""The cost formulas against every figure the paper publishes, and against counting the root from the formulas themselves; then
+the calculator on them: its table, its JSON, and what it refuses."""
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 
 import pytest
+from helpers import ROOT
 
 from taylorvit.complexity import (
+    attention_costs,
     entries_direct,
     entries_efficient,
     entries_mhsa,
     flops_crossover,
     flops_crossover_bound,
+    main,
     memory_crossover,
     memory_crossover_bound,
     num_features,
@@ -18,6 +25,7 @@ from taylorvit.complexity import (
     ops_efficient,
     ops_mhsa,
     quadratic_features,
+    switch_points,
 )
 
 HEAD_DIMS = (1, 2, 3, 4, 7, 8, 16, 32, 64, 128, 256)
@@ -155,3 +163,89 @@ def test_errors_quote_the_value() -> None:
         ops_mhsa("direct", 197, 192, 5)
     with pytest.raises(ValueError, match="got 0"):
         entries_mhsa("direct", 197, 192, 0)
+
+
+def printed_rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    """Run the calculator and return the words of every line."""
+    main(list(arguments))
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_calculator_shows_the_exact_switch_points(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed_rows(capsys, "--embed_dim", "256", "--num_heads", "8", "64")
+    assert ["8", "32", "1,057", "(1056.746)", "561", "(560.746)", "577", "(576.746)"] in [row[:8] for row in rows]
+    (exact,) = [row[8:] for row in rows if row[:2] == ["8", "32"] and len(row) == 14]
+    assert exact == ["574", "(573.939)", "324", "(323.436)", "332", "(331.571)"]  # the project page has the bound, 577, for 574
+    assert ["64", "4"] in [row[:2] for row in rows]
+
+
+def test_the_calculator_shows_what_every_shape_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--embed_dim", "384", "--num_heads", "12", "--img_size", "224", "512", "--depth", "12"]
+    rows = printed_rows(capsys, *arguments)
+    # 12 layers x 12 heads x (4 N^2 32 + 6 N^2) with N = 32^2 + 1
+    assert ["12", "32", "512", "1,025", "20.27", "G", "20.90", "G", "direct", "11.09", "G", "efficient"] in rows
+    # 12 heads of one layer x (32 N + 2 N^2) with N = 14^2 + 1
+    assert ["12", "32", "224", "197", "1.007", "M", "3.056", "M", "direct", "1.687", "M", "direct"] in rows
+    assert sum(row[:2] == ["12", "32"] for row in rows) == 5
+
+
+def test_the_calculator_prints_json_of_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--embed_dim", "192", "--num_heads", "3", "12", "3", "--num_tokens", "50", "4161", "--depth", "4", "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert content["switch_points"] == [switch_points(192, 3), switch_points(192, 12)]
+    assert [(cost["num_heads"], cost["num_tokens"], cost["img_size"]) for cost in content["costs"]] == [
+        (3, 50, None),
+        (3, 4161, None),
+        (12, 50, None),
+        (12, 4161, None),
+    ]
+    assert content["costs"][1] == {"img_size": None, **attention_costs(192, 3, 4161, 4)}
+
+
+def test_the_cheaper_form_changes_at_the_switch_points() -> None:
+    for num_tokens, form in ((573, "direct"), (574, "efficient")):
+        assert attention_costs(64, 2, num_tokens)["cheaper"]["entries"] == {"none": form, "symmetric": "efficient"}
+    for num_tokens, form in ((560, "direct"), (561, "efficient")):
+        assert attention_costs(64, 2, num_tokens)["cheaper"]["operations"] == {"none": "direct", "symmetric": form}
+
+
+def test_depth_multiplies_operations_but_not_what_is_held_at_once() -> None:
+    one, twelve = attention_costs(384, 6, 197), attention_costs(384, 6, 197, 12)
+    assert twelve["operations"] == {name: 12 * count for name, count in one["operations"].items()}
+    assert one["operations"]["direct"] == ops_mhsa("direct", 197, 384, 6)
+    assert twelve["entries"] == one["entries"]
+    assert one["entries"]["efficient_symmetric"] == entries_mhsa("efficient", 197, 384, 6, "symmetric")
+
+
+def test_tokens_follow_from_pixels_patches_and_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed_rows(capsys, "--img_size", "384", "--patch_size", "32", "--num_prefix_tokens", "0")
+    assert ["6", "64", "384", "144"] in [row[:4] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num_heads 3 5 7", "--num_heads 5, 7 does not divide --embed_dim 384; its divisors are 1, 2, 3, 4, 6, 8, 12, "),
+        ("--embed_dim 9 --num_heads 2", "--embed_dim 9; its divisors are 1, 3, 9"),
+        ("--num_heads 0", "a whole number from 1 to 1,000,000,000 is needed, got '0'"),
+        ("--num_tokens 9999999999", "a whole number from 1 to 1,000,000,000 is needed, got '9999999999'"),
+        ("--img_size 224 225", "--img_size 225 is not a multiple of --patch_size 16"),
+        ("--num_prefix_tokens -1", "--num_prefix_tokens: a whole number from 0 to 1,000,000,000 is needed, got -1"),
+        ("--img_size 224 --num_tokens 5", "not allowed with argument"),
+    ],
+)
+def test_the_calculator_refuses_what_it_cannot_answer(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", [["-m", "taylorvit.complexity"], ["taylorvit/complexity.py"]])
+def test_the_calculator_runs_without_a_warning(command: list[str]) -> None:
+    arguments = ["--embed_dim", "64", "--num_heads", "2", "--num_tokens", "574"]
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "574 (573.939)" in done.stdout
+    assert done.stderr == ""

@@ -111,6 +111,21 @@ def test_rows_of_the_matrix_sum_to_one(order: int) -> None:
     torch.testing.assert_close(math.sqrt(11 / 5) * matrix @ v, direct(q, k, v, temperature, order))
 
 
+@pytest.mark.parametrize("form", [direct, efficient])
+@each_order
+def test_a_key_mask_leaves_keys_out(form, order: int) -> None:
+    """Each sample attends to the keys it keeps as if there were no others."""
+    q, k, v, temperature = inputs()
+    mask = torch.rand(2, 11, generator=torch.Generator().manual_seed(0)) < 0.6
+    y = form(q, k, v, temperature, order, mask)
+    for b in range(2):
+        kept = mask[b]
+        x = temperature[:, None, None] * reference.unit_vectors(q[b]) @ reference.unit_vectors(k[b, :, kept]).mT
+        w = taylor_polynomial(x, order)
+        wanted = math.sqrt(int(kept.sum()) / 5) * (w @ v[b, :, kept]) / w.sum(-1, keepdim=True)
+        torch.testing.assert_close(y[b], wanted)
+
+
 def test_single_precision_keeps_to_its_budget() -> None:
     single = inputs(N=200, D=8, dtype=torch.float32)
     exact = direct(*(x.double() for x in single), 4)
@@ -143,3 +158,5 @@ def test_too_many_features_and_unknown_forms_are_refused() -> None:
         orders.order_attention(q, q, q, torch.ones(1), order=2, form="auto")
     with pytest.raises(ValueError, match=r"temperature must have shape \(1,\)"):
         orders.order_attention(q, q, q, torch.ones(2), order=2)
+    with pytest.raises(ValueError, match="key_mask must be torch.bool"):
+        orders.order_attention(q, q, q, torch.ones(1), order=2, key_mask=torch.ones(1, 2))

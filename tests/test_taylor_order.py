@@ -95,6 +95,18 @@ def test_a_hook_receives_the_matrix_of_the_direct_form() -> None:
     torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, 10))
 
 
+@each_form
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_key_mask_leaves_tokens_out(form: str, hooked: bool) -> None:
+    """The first 6 tokens see what they would see without the last 4; so too where the matrix is formed for a hook."""
+    attention = TaylorOrder(12, 3, order=4, form=form)
+    if hooked:
+        attention.attn_drop.register_forward_hook(lambda module, given, matrix: None)
+    mask = torch.ones(2, 1, 1, 10, dtype=torch.bool)
+    mask[..., 6:] = False
+    torch.testing.assert_close(attention(tokens(), attn_mask=mask)[:, :6], attention(tokens()[:, :6]))
+
+
 def test_tracing_keeps_the_operation_whole() -> None:
     model = timm.create_model(
         "taylorvit_tiny_patch16_224", attention="taylor_order", attention_options={"order": 4}, img_size=32, depth=1

@@ -8,7 +8,6 @@ show what becomes of it.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,7 +15,14 @@ from torch import Tensor
 
 from taylorvit.attention import taylorshift
 from taylorvit.attention.taylorshift import TaylorShift
-from taylorvit.ops.orders import check_features, check_form, check_order, order_attention, order_attention_weights
+from taylorvit.ops.orders import (
+    check_features,
+    check_form,
+    check_order,
+    order_attention,
+    order_attention_weights,
+    output_scale,
+)
 
 
 def check_options(*, order: int = 2, form: str = "direct", temperature_init: float = 1.0) -> None:
@@ -47,12 +53,12 @@ class TaylorOrder(TaylorShift):
             check_features(self.head_dim, order)
         self.order = order
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         hooks = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
         if hooks and self.form == "direct":
-            matrix = self.attn_drop(order_attention_weights(q, k, self.temperature, order=self.order))  # (B, H, N, N)
-            return math.sqrt(q.shape[-2] / self.head_dim) * (matrix.to(v.dtype) @ v)
-        return order_attention(q, k, v, self.temperature, order=self.order, form=self.form)
+            matrix = order_attention_weights(q, k, self.temperature, order=self.order, key_mask=key_mask)  # (B, H, N, N)
+            return (output_scale(v, key_mask) * (self.attn_drop(matrix).to(v.dtype) @ v)).to(v.dtype)
+        return order_attention(q, k, v, self.temperature, order=self.order, form=self.form, key_mask=key_mask)
 
     def resolved_form(self, num_tokens: int, *, training: bool) -> str:
         """Return the form that was asked for, whatever the number of tokens."""

@@ -38,15 +38,26 @@ import torch
 from torch import Tensor
 
 from .reference import _widened, unit_vectors
-from .taylor_attention import _apply_autocast, _check_inputs, _without_autocast
+from .taylor_attention import _apply_autocast, _check_inputs, _check_key_mask, _without_autocast
 
 ORDERS = (1, 2, 3, 4, 5, 6)
 FORMS = ("direct", "efficient")
 MAX_FEATURES = 2**16  # more than any order up to 4 has at D = 32; the features of 1,024 tokens of a head take 256 MiB
 
 
-def order_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, order: int, form: str = "direct") -> Tensor:
+def order_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor,
+    *,
+    order: int,
+    form: str = "direct",
+    key_mask: Tensor | None = None,
+) -> Tensor:
     """Compute the attention with the Taylor polynomial of this order; dtypes, autocast and result as in `taylor_attention`.
+
+    key_mask: (B, N) bool, false for tokens that none attends to, such as padding; N in sqrt(N / D) then counts the others.
 
     Raises:
         ValueError: order or form is unknown, the efficient form has too many features, or as in `taylor_attention`.
@@ -54,15 +65,22 @@ def order_attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *, ord
     check_form(form)
     q, k, v = _apply_autocast(q, k, v)
     _check_inputs(q, k, v, temperature)
+    if key_mask is not None:
+        _check_key_mask(key_mask, q)
     function = direct if form == "direct" else efficient
-    return _without_autocast(functools.partial(function, order=order), q, k, v, temperature)
+    return _without_autocast(functools.partial(function, order=order, key_mask=key_mask), q, k, v, temperature)
 
 
-def order_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, order: int) -> Tensor:
-    """Return the attention matrix: (B, H, N, N), fp32 (fp64 for fp64); rows sum to 1, entries of odd orders may be negative."""
+def order_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, order: int, key_mask: Tensor | None = None) -> Tensor:
+    """Return the attention matrix: (B, H, N, N), fp32 (fp64 for fp64); rows sum to 1, entries of odd orders may be negative.
+
+    The attention is `output_scale` times this matrix times v.
+    """
     q, k = _apply_autocast(q, k)
     _check_inputs(q, k, k, temperature)
-    w = _without_autocast(functools.partial(weights, order=order), q, k, temperature)
+    if key_mask is not None:
+        _check_key_mask(key_mask, q)
+    w = _without_autocast(functools.partial(weights, order=order, key_mask=key_mask), q, k, temperature)
     return w / w.sum(dim=-1, keepdim=True)
 
 
@@ -75,27 +93,27 @@ def taylor_polynomial(x: Tensor, order: int) -> Tensor:
     return w
 
 
-def weights(q: Tensor, k: Tensor, temperature: Tensor, order: int) -> Tensor:
-    """Return w(x_ij), not yet divided by the row sums: (B, H, N, N) in fp32 (fp64 for fp64 inputs)."""
+def weights(q: Tensor, k: Tensor, temperature: Tensor, order: int, key_mask: Tensor | None = None) -> Tensor:
+    """Return w(x_ij), 0 for keys left out, not yet divided by the row sums: (B, H, N, N) in fp32 (fp64 for fp64 inputs)."""
     check_order(order)
     q, k, temperature = _widened(q, k, temperature)
     x = temperature[:, None, None] * unit_vectors(q) @ unit_vectors(k).mT  # (B, H, N, N)
-    return taylor_polynomial(x, order)
+    w = taylor_polynomial(x, order)
+    return w if key_mask is None else w * key_mask[:, None, None, :]
 
 
-def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, order: int) -> Tensor:
+def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, order: int, key_mask: Tensor | None = None) -> Tensor:
     """Compute the attention as the definition stands, in O(N^2 D) operations.
 
-    q, k, v: (B, H, N, D) of one dtype; temperature: (H,). Returns (B, H, N, D) in the dtype of v.
+    q, k, v: (B, H, N, D) of one dtype; temperature: (H,); key_mask: (B, N) or None. Returns (B, H, N, D) in the dtype of v.
     """
-    N, D = v.shape[-2:]
-    w = weights(q, k, temperature, order)  # (B, H, N, N)
+    w = weights(q, k, temperature, order, key_mask)  # (B, H, N, N)
     numerator = w @ v.to(w.dtype)  # (B, H, N, D)
     denominator = w.sum(dim=-1, keepdim=True)  # (B, H, N, 1)
-    return (math.sqrt(N / D) * numerator / denominator).to(v.dtype)
+    return (output_scale(v, key_mask) * numerator / denominator).to(v.dtype)
 
 
-def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, order: int) -> Tensor:
+def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, order: int, key_mask: Tensor | None = None) -> Tensor:
     """Compute the same attention with the sum over j drawn inside, in O(N D^(order + 1)) operations.
 
     Arguments and result as in `direct`.
@@ -103,12 +121,14 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, order: int) 
     Raises:
         ValueError: there are more than MAX_FEATURES features.
     """
-    N, D = v.shape[-2:]
+    D = v.shape[-1]
     check_features(D, order)
     q, k, values, temperature = _widened(q, k, v, temperature)
     q = temperature[:, None, None] * unit_vectors(q)
     k = unit_vectors(k)
     values = torch.cat([torch.ones_like(values[..., :1]), values], dim=-1)  # V' = [1, V]: (B, H, N, D + 1)
+    if key_mask is not None:
+        values = values * key_mask[:, None, :, None]
 
     y = values.sum(dim=-2, keepdim=True)  # degree 0: (B, H, 1, D + 1)
     for degree, (of_q, of_k) in enumerate(zip(monomials(q, order), monomials(k, order)), start=1):
@@ -117,7 +137,16 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, order: int) 
         y = y + of_q @ (coefficients[:, None] * (of_k.mT @ values))  # (B, H, N, F_m) @ (B, H, F_m, D + 1)
 
     denominator, numerator = y[..., :1], y[..., 1:]
-    return (math.sqrt(N / D) * numerator / denominator).to(v.dtype)
+    return (output_scale(v, key_mask) * numerator / denominator).to(v.dtype)
+
+
+def output_scale(v: Tensor, key_mask: Tensor | None = None) -> float | Tensor:
+    """Return sqrt(N / D); with a mask for each sample, (B, 1, 1, 1), N being the keys that it keeps."""
+    N, D = v.shape[-2:]
+    if key_mask is None:
+        return math.sqrt(N / D)
+    num_kept = key_mask.sum(dim=-1, dtype=torch.promote_types(v.dtype, torch.float32))
+    return (num_kept / D).sqrt()[:, None, None, None]
 
 
 def monomials(x: Tensor, order: int) -> Iterator[Tensor]:

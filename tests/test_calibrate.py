@@ -1,4 +1,4 @@
-"""tools/calibrate.py: the search for the crossing, and the file it writes."""
+"""tools/calibrate.py: the file it writes, and what it makes of the search's answers."""
 
 from __future__ import annotations
 
@@ -13,26 +13,8 @@ from helpers import ROOT, run_tool
 sys.path.insert(0, str(ROOT / "tools"))
 
 import calibrate
-from calibrate import find_crossing
 
-
-@pytest.mark.parametrize("truth", [40, 333, 5000])
-@pytest.mark.parametrize("guess", [16, 300, 60000.0])
-def test_the_crossing_is_found_from_any_guess(truth: int, guess: float) -> None:
-    asked: list[int] = []
-
-    def speedup(num_tokens: int) -> float:
-        asked.append(num_tokens)
-        return num_tokens / truth
-
-    found = find_crossing(speedup, guess, tolerance=0.02, fewest=16, most=65536)
-    assert found == pytest.approx(truth, rel=0.01)
-    assert len(set(asked)) == len(asked) < 25
-
-
-def test_a_crossing_outside_of_the_range() -> None:
-    assert find_crossing(lambda num_tokens: 0.9, 100, tolerance=0.05, fewest=16, most=1000) is None
-    assert find_crossing(lambda num_tokens: 1.1, 100, tolerance=0.05, fewest=16, most=1000) == 16
+from taylorvit.benchmark.crossing import Crossing, Side
 
 
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,27 +43,13 @@ def test_a_wrong_form_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_crossing_that_is_not_met_is_written_as_null(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(calibrate, "find_crossing", lambda *args, **keywords: None)
+@pytest.mark.parametrize(("side", "written"), [("incumbent", None), ("challenger", calibrate.FEWEST)])
+def test_a_crossing_that_is_not_met(side: Side, written: int | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(calibrate, "find_crossing", lambda *args, **keywords: Crossing(None, None, (), side))
     out = tmp_path / "crossovers.json"
-    assert (
-        run_tool(
-            monkeypatch,
-            calibrate.main,
-            "--head_dim",
-            "2",
-            "--pass",
-            "training",
-            "--width",
-            "2",
-            "--batch_tokens",
-            "64",
-            "--out",
-            str(out),
-        )
-        == 0
-    )
-    assert json.loads(out.read_text())["cpu"]["crossovers"] == {"training": {"2": None}}
+    options = ["--head_dim", "2", "--pass", "training", "--width", "2", "--batch_tokens", "64", "--out", str(out)]
+    assert run_tool(monkeypatch, calibrate.main, *options) == 0
+    assert json.loads(out.read_text())["cpu"]["crossovers"] == {"training": {"2": written}}
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import torch
 
 from taylorvit.benchmark.case import DTYPES, Case
 from taylorvit.benchmark.check import check
+from taylorvit.benchmark.crossing import find_crossing
 from taylorvit.benchmark.peers import Peer, all_peers
 from taylorvit.benchmark.timing import compare
 from taylorvit.cli import positive_float, positive_int, run_program
@@ -66,31 +65,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_crossing(speedup: Callable[[int], float], guess: float, *, tolerance: float, fewest: int, most: int) -> float | None:
-    """Return the token count where `speedup` of efficient over direct passes 1, or None if it does not below `most`.
-
-    Doubles or halves from the guess until the crossing is enclosed, then bisects in the logarithm.
-    """
-    low = high = min(max(round(guess), fewest), most)
-    gains = {low: math.log(speedup(low))}
-    while gains[high] <= 0:
-        if high == most:
-            return None
-        low, high = high, min(2 * high, most)
-        gains[high] = math.log(speedup(high))
-    while gains[low] > 0:
-        if low == fewest:
-            return low
-        low, high = max(low // 2, fewest), low
-        gains[low] = math.log(speedup(low))
-    while high > low * (1 + tolerance) and high > low + 1:
-        middle = min(max(round(math.sqrt(low * high)), low + 1), high - 1)
-        gains[middle] = math.log(speedup(middle))
-        low, high = (low, middle) if gains[middle] > 0 else (middle, high)
-    share = -gains[low] / (gains[high] - gains[low])
-    return low * (high / low) ** share
-
-
 def measure_crossing(peers: tuple[Peer, Peer], head_dim: int, training: bool, options: argparse.Namespace) -> int | None:
     """Return the token count up to which direct is to be taken, or None if efficient was never ahead.
 
@@ -102,13 +76,13 @@ def measure_crossing(peers: tuple[Peer, Peer], head_dim: int, training: bool, op
         batch_size, num_heads = max(1, options.batch_tokens // num_tokens), max(1, options.width // head_dim)
         return Case(batch_size, num_heads, num_tokens, head_dim, options.dtype, training, options.device)
 
-    def speedup(num_tokens: int) -> float:
+    def speedups(num_tokens: int) -> list[float]:
         here = case(num_tokens)
         calls = {peer.name: here.bind(peer.build(), peer.truth) for peer in peers}
         direct, efficient = calls
-        ratio = compare(calls, here.make_inputs, seconds=options.seconds).speedup(efficient, over=direct).median
-        print(f"  N = {num_tokens}: efficient is {ratio:.2f} times as fast", flush=True)
-        return ratio
+        comparison = compare(calls, here.make_inputs, seconds=options.seconds)
+        print(f"  N = {num_tokens}: efficient is {comparison.speedup(efficient, direct).median:.2f} times as fast", flush=True)
+        return [theirs / ours for ours, theirs in zip(comparison.rounds[efficient], comparison.rounds[direct])]
 
     def refuse_wrong_results(num_tokens: int) -> None:
         here = case(num_tokens)
@@ -119,11 +93,14 @@ def measure_crossing(peers: tuple[Peer, Peer], head_dim: int, training: bool, op
 
     guess = flops_crossover(head_dim, "circulant")
     refuse_wrong_results(round(guess))
-    crossing = find_crossing(speedup, guess, tolerance=options.tolerance, fewest=FEWEST, most=MOST)
-    if crossing is None:
+    crossing = find_crossing(speedups, guess, tolerance=options.tolerance, fewest=FEWEST, most=MOST)
+    if crossing.ahead_everywhere == "incumbent":
         return None
-    refuse_wrong_results(round(crossing))
-    return round(crossing)
+    num_tokens = round(crossing.num_tokens or FEWEST)  # efficient is ahead at all token counts, from the fewest on
+    refuse_wrong_results(num_tokens)
+    if crossing.interval:
+        print(f"  95 % interval: {crossing.interval[0]:.0f} to {crossing.interval[1]:.0f}", flush=True)
+    return num_tokens
 
 
 def read_table(path: Path) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""One pass of a model, forward or forward and backward: how it is called, on which inputs, and within which memory.
+
+A CPU has no limit of its own short of swapping or a killed process, so a measurement may take `memory_limit_bytes` beyond what
+the process holds before: an allocation above that fails, as it does on a full GPU (Linux: RLIMIT_DATA).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import re
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taylorvit.benchmark.measure import GIB
+from taylorvit.benchmark.memory import STATUS, Prepared
+from taylorvit.config import ModelConfig
+from taylorvit.models import MODEL_NAMES, random_inputs
+from taylorvit.studies.model_candidates import Candidate, Precision, autocast, candidate_from_dict
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Args:
+        device: "cpu" or "cuda".
+        precision: "no" (fp32), or "bf16" or "fp16" through autocast.
+        seconds: time for each candidate, see `timing.compare`.
+        min_rounds: at least, whatever they take.
+        threads: of PyTorch in the fresh process that reads memory on CPU.
+        memory_limit_bytes: on CPU, see the head of this file.
+        seed: of inputs and order.
+    """
+
+    device: str = "cpu"
+    precision: Precision = "no"
+    seconds: float = 2.0
+    min_rounds: int = 5
+    threads: int = field(default_factory=torch.get_num_threads)
+    memory_limit_bytes: int = 8 * GIB
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the first `batch_size` of the inputs, which ends without gradients, so that every call begins alike."""
+
+    model: nn.Module
+    batch_size: int
+    training: bool
+    device: str
+    precision: Precision
+
+    def __call__(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits, or the loss of a training pass."""
+        inputs, labels = inputs[: self.batch_size], labels[: self.batch_size]
+        if not self.training:
+            with torch.no_grad(), autocast(self.device, self.precision):
+                return self.model(inputs)
+        with autocast(self.device, self.precision):
+            loss = F.cross_entropy(self.model(inputs).float(), labels)
+        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+def build_pass(candidate: Candidate, batch_size: int, training: bool, settings: Settings) -> Pass:
+    """Build the candidate, in training or evaluation mode, and return its pass."""
+    model = candidate.build(settings.device).train(training)
+    return Pass(model, batch_size, training, settings.device, settings.precision)
+
+
+def make_inputs(config: ModelConfig, batch_size: int, device: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Return random inputs and labels."""
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = random_inputs(config, batch_size, device=device, generator=generator)
+    return inputs, torch.randint(config.num_classes, (batch_size,), generator=generator, device=device)
+
+
+def prepare_pass(
+    candidate: dict[str, Any], batch_size: int, training: bool, device: str, precision: Precision, seed: int
+) -> Prepared:
+    """Return a pass for `benchmark.memory`, from JSON types; the warm-up is a pass of one sample through one block."""
+    full = candidate_from_dict(candidate)
+    is_ours = full.model.name in MODEL_NAMES  # other networks need not know a depth
+    shallow = dataclasses.replace(full, model=dataclasses.replace(full.model, depth=1)) if is_ours else full
+    settings = Settings(device=device, precision=precision, seed=seed)
+    inputs = make_inputs(full.config, batch_size, device, seed)
+    warm_up = partial(build_pass(shallow, 1, training, settings), *inputs)
+    return Prepared(warm_up, partial(build_pass(full, batch_size, training, settings), *inputs))
+
+
+@contextlib.contextmanager
+def memory_limited(settings: Settings) -> Iterator[None]:
+    """Let allocations fail that go `memory_limit_bytes` beyond what this process holds now; child processes inherit it.
+
+    Does nothing on a GPU, whose memory is its limit, and where the system does not tell what a process holds.
+    """
+    found = re.search(r"^VmData:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE) if STATUS.exists() else None
+    if settings.device != "cpu" or not found:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = int(found[1]) * 1024 + settings.memory_limit_bytes
+    limits = [limit for limit in (soft, hard, wanted) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def release_memory() -> None:
+    """Give back what a failed pass left; call it when its exception, which holds the tensors, is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -60,8 +60,7 @@ class Timing:
 
     head_dim: int
     num_tokens: int
-    order: int | None  # None: softmax
-    form: str | None
+    candidate: str  # "softmax", or form and order as in "direct_2"
     seconds: float
     seconds_low: float
     seconds_high: float
@@ -155,22 +154,20 @@ def time_forms(head_dim: int, num_tokens: int, orders: Sequence[int], *, seconds
     """
     case = Case(1, 1, num_tokens, head_dim)
     calls: dict[str, Callable[..., Tensor]] = {"softmax": _softmax}
-    labels: dict[str, tuple[int | None, str | None]] = {"softmax": (None, None)}
     errors: dict[str, float] = {}
     for order, form in itertools.product(orders, FORMS):
         if form == "efficient" and num_features(head_dim, order) > MAX_FEATURES:
             continue
-        name = f"{form}, order {order}"
+        name = f"{form}_{order}"
         calls[name] = partial(order_attention, order=order, form=form)
-        labels[name] = order, form
         errors[name] = _checked_error(name, calls[name], case, order)
     with torch.no_grad():
         comparison = compare(calls, case.make_inputs, seconds=seconds)
     rows = []
-    for name, label in labels.items():
+    for name in calls:
         spent, speedup = comparison.seconds(name), comparison.speedup(name, over="softmax").median
-        measured = (spent.median, spent.low, spent.high, speedup, errors.get(name), comparison.num_rounds)
-        rows.append(Timing(head_dim, num_tokens, *label, *measured))
+        times = (spent.median, spent.low, spent.high, speedup)
+        rows.append(Timing(head_dim, num_tokens, name, *times, errors.get(name), comparison.num_rounds))
     return rows
 
 

@@ -136,6 +136,7 @@ class OptimConfig:
         lr_base_batch_size: images per update that lr belongs to.
         weight_decay: decoupled weight decay; never on biases, norms, embeddings and tokens.
         decay_temperature: also decay the attention temperature, as the authors' code did.
+        temperature_lr_scale: factor on the learning rate of the attention temperature.
         eps: the optimizer's epsilon; null keeps the optimizer's default.
         betas: moment decay rates; null keeps the optimizer's default.
         momentum: of optimizers that have one; null is timm's 0.9.
@@ -150,6 +151,7 @@ class OptimConfig:
     lr_base_batch_size: int = 2048
     weight_decay: float = 0.02
     decay_temperature: bool = False
+    temperature_lr_scale: float = 1.0
     eps: float | None = None
     betas: tuple[float, float] | None = None
     momentum: float | None = None

@@ -124,8 +124,10 @@ def _check_combinations(config: Config) -> None:
             raise ValueError(f"{key}: {channels} must have one value, or one for each of model.in_chans {chans}")
     if config.checkpoint.metric == "ema_top1" and config.train.ema_decay is None:
         raise ValueError("checkpoint.metric: 'ema_top1' needs averaged weights; set train.ema_decay")
-    if config.optim.decay_temperature and config.model.attention == "softmax":
-        raise ValueError("optim.decay_temperature: true has no effect: model.attention 'softmax' has no temperature")
+    if config.model.attention == "softmax":
+        for key, off in (("decay_temperature", False), ("temperature_lr_scale", 1)):
+            if (value := getattr(config.optim, key)) != off:
+                raise ValueError(f"optim.{key}: {value} has no effect: model.attention 'softmax' has no temperature")
     if config.train.freeze == "backbone" and config.train.finetune is None:
         raise ValueError("train.freeze: 'backbone' would train a classifier on random features; set train.finetune")
 
@@ -158,7 +160,11 @@ _RANGES: tuple[tuple[str, str, Any], ...] = (
     ("seed data.num_workers log.image_grid log.histogram_every_epochs augment.crop_padding", "0 or more", _at_least(0)),
     ("checkpoint.keep_last", "2 or more: the newest may be the one being written", _at_least(2)),
     ("model.in_chans", "1 (grey) or 3 (RGB)", lambda value: value in (1, 3)),
-    ("optim.lr optim.max_grad_norm log.peak_tflops model.mlp_ratio", "a finite number above 0", _positive),
+    (
+        "optim.lr optim.temperature_lr_scale optim.max_grad_norm log.peak_tflops model.mlp_ratio",
+        "a finite number above 0",
+        _positive,
+    ),
     (
         "optim.weight_decay optim.eps optim.momentum schedule.warmup_epochs schedule.warmup_lr "
         "schedule.min_lr augment.color_jitter augment.mixup_alpha augment.cutmix_alpha",

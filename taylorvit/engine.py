@@ -18,6 +18,7 @@ from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import evaluate
 from taylorvit.logger import Logger
 from taylorvit.metrics import Pace
+from taylorvit.optim import current_learning_rate
 from taylorvit.randomness import seed_all
 from taylorvit.run_folder import RunFolder
 from taylorvit.saving import (
@@ -176,7 +177,7 @@ def _train_epoch(loop: Loop) -> bool:
     loop.pace.restart(progress.update)
     batches = loop.pace.timed(iter(session.train_loader))
     for update in range(first, session.updates_per_epoch):
-        learning_rate = max(group["lr"] for group in session.optimizer.param_groups)
+        learning_rate = current_learning_rate(session.optimizer)
         result = run_update(loop, batches, epoch=epoch, update=update)
         progress.advance(result.loss)
         session.scheduler.step_update(progress.update)
@@ -309,7 +310,7 @@ def _check_finite(session: Session, result: UpdateResult, *, epoch: int, positio
     }
     raise NonFiniteError(
         f"loss {result.loss} at update {position + 1} (epoch {epoch + 1}): gradient norm {result.grad_norm}, learning rate "
-        f"{max(group['lr'] for group in session.optimizer.param_groups):g}, temperatures {temperatures}; the update was not "
+        f"{current_learning_rate(session.optimizer):g}, temperatures {temperatures}; the update was not "
         "applied and every checkpoint is older; the same settings would end the same way: continue for example with --resume "
         "auto --train.mixed_precision no --allow_change '[train.mixed_precision]', or with a lower optim.lr likewise"
     )

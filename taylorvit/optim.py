@@ -63,6 +63,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, *,
     return scheduler
 
 
+def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate that the schedule has set, before the factors of single layers and of the temperatures."""
+    return max(group["lr"] / group.get("lr_scale", 1.0) for group in optimizer.param_groups)
+
+
 def freeze_backbone(model: nn.Module) -> None:
     """Leave only the classifier trainable (linear probe)."""
     head = {id(parameter) for parameter in model.get_classifier().parameters()}  # type: ignore[operator]
@@ -113,15 +118,20 @@ def _parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, A
         groups = param_groups_layer_decay(
             model, config.weight_decay, no_weight_decay_list=spared, layer_decay=config.layer_decay
         )
-    return _with_decayed_temperatures(model, groups, config.weight_decay) if config.decay_temperature else groups
+    if not config.decay_temperature and config.temperature_lr_scale == 1:
+        return groups
+    return _with_temperature_groups(model, groups, config)
 
 
-def _with_decayed_temperatures(model: nn.Module, groups: list[dict[str, Any]], weight_decay: float) -> list[dict[str, Any]]:
-    """Split the temperatures off into groups that are decayed, as the authors' code decays them."""
+def _with_temperature_groups(model: nn.Module, groups: list[dict[str, Any]], config: OptimConfig) -> list[dict[str, Any]]:
+    """Split the temperatures off into groups with their own weight decay and learning rate; timm's schedule reads lr_scale."""
     temperatures = {id(parameter) for name, parameter in model.named_parameters() if name.endswith("temperature")}
     split: list[dict[str, Any]] = []
     for group in groups:
         others = [parameter for parameter in group["params"] if id(parameter) not in temperatures]
         moved = [parameter for parameter in group["params"] if id(parameter) in temperatures]
-        split += [group | {"params": others}, group | {"params": moved, "weight_decay": weight_decay}]
+        own: dict[str, Any] = {"lr_scale": group.get("lr_scale", 1.0) * config.temperature_lr_scale}
+        if config.decay_temperature:
+            own["weight_decay"] = config.weight_decay
+        split += [group | {"params": others}, group | {"params": moved} | own]
     return [group for group in split if group["params"]]

@@ -166,6 +166,17 @@ def refuse_second_start(config: Config, run: RunFolder) -> None:
         raise ValueError(f"run_dir: {run.path} holds a run already; continue it with --resume auto, or name another folder")
 
 
+def changed_settings(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that make another run, with their value before and now.
+
+    Args:
+        saved: flattened config; a key that did not exist yet when it was saved had the effect of its default.
+        config: of this start.
+    """
+    before, now = flatten(Config()) | saved, flatten(config_to_dict(config))
+    return {key: (before[key], now[key]) for key in now if before[key] != now[key] and not key.startswith(FREE_TO_CHANGE)}
+
+
 def check_same_run(saved: dict[str, Any], config: Config) -> None:
     """Raise a ValueError that lists the settings whose change would make a continued run another run.
 
@@ -176,11 +187,9 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
     for key in config.allow_change:
         if key not in CHANGEABLE:
             raise ValueError(f"allow_change: {key!r} cannot change within a run{nearest(key, CHANGEABLE)}")
-    current = flatten(config_to_dict(config))
-    changed = [key for key in current if saved.get(key) != current[key] and not key.startswith(FREE_TO_CHANGE)]
-    changed = [key for key in changed if key not in config.allow_change]
+    changed = {key: values for key, values in changed_settings(saved, config).items() if key not in config.allow_change}
     if changed:
-        shown = "; ".join(f"{key} {saved.get(key)!r} -> {current[key]!r}" for key in changed)
+        shown = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
         hint = (
             f", or say that you mean it with --allow_change '[{', '.join(changed)}]'" if set(changed) <= set(CHANGEABLE) else ""
         )

@@ -35,7 +35,7 @@ from taylorvit.evaluation import evaluate_checkpoint
 from taylorvit.models import attention_forms, build_model
 from taylorvit.provenance import git_state
 from taylorvit.run_folder import RunFolder, replace_file
-from taylorvit.saving import FREE_TO_CHANGE
+from taylorvit.saving import changed_settings
 from taylorvit.weights import load_weights
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -161,10 +161,8 @@ def _refuse_other_result(plan: Plan) -> None:
         saved = flatten(json.loads(plan.result.read_text(encoding="utf-8"))["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{plan.result}: it is not a cell's result ({error!r}); remove it to run the cell again") from error
-    current = flatten(config_to_dict(plan.config))
-    changed = [key for key in current if saved.get(key) != current[key] and not key.startswith(FREE_TO_CHANGE)]
-    if changed:
-        shown = "; ".join(f"{key} {saved.get(key)!r} -> {current[key]!r}" for key in changed)
+    if changed := changed_settings(saved, plan.config):
+        shown = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
         raise ValueError(f"{plan.result} was made with other settings: {shown}; choose another --out, or remove it")
 
 

@@ -1,0 +1,79 @@
+"""Results of a study: seeds summarised to mean and spread, and one stem in three files, JSON for programs, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from taylorvit.run_folder import replace_file
+
+MEASURES = ("val_top1", "val_loss", "test_top1", "test_loss")
+
+
+def summarise(results: Sequence[Mapping[str, Any]], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one row for every combination of the labels `by`, in the order of their first results.
+
+    A row holds the labels, `seeds` (results in it), `diverged` (those without an accuracy), and for each of MEASURES its mean
+    and its sample standard deviation (`_sd`), None where there are none.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(tuple(result.get(key) for key in by), []).append(result)
+    rows = []
+    for labels, members in groups.items():
+        row: dict[str, Any] = dict(zip(by, labels))
+        row |= {"seeds": len(members), "diverged": sum(member["status"] == "diverged" for member in members)}
+        for key in MEASURES:
+            values = [member[key] for member in members if member[key] is not None]
+            row |= {key: statistics.fmean(values) if values else None, f"{key}_sd": _deviation(values)}
+        rows.append(row)
+    return rows
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the row that validation prefers, None without any; one in which a seed diverged is not taken."""
+    usable = [row for row in rows if row["val_top1"] is not None and not row["diverged"]]
+    return max(usable, key=lambda row: row["val_top1"], default=None)
+
+
+def write_results(out: Path, stem: str, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], markdown: str) -> None:
+    """Write `stem.json` (header and rows), `stem.csv` (rows) and `stem.md` into the folder, each replaced atomically."""
+    replace_file(out / f"{stem}.json", json.dumps({**header, "rows": _plain(rows)}, indent=1, allow_nan=False) + "\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(out / f"{stem}.csv", text.getvalue())
+    replace_file(out / f"{stem}.md", markdown + "\n")
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns are numbers, aligned to the right, but for the first."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
+
+
+def mean_and_spread(row: Mapping[str, Any], key: str) -> str:
+    """Return "91.2 ± 0.3", or a dash where nothing was measured."""
+    mean, deviation = row[key], row[f"{key}_sd"]
+    if mean is None:
+        return "-"
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _plain(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """JSON has no NaN and no infinity: they become null."""
+    return [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in rows
+    ]

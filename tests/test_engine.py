@@ -174,7 +174,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(digit_folder: Path, t
     assert "16 images an update = 1 process(es) x 8 images x 2 accumulation step(s)" in text
     assert "6 an epoch x 3 epochs = 18" in text
     assert "direct x 2" in text
-    assert "28,046 parameters, 28,046 trained, 0.001 GFLOP an image forward" in text
+    assert "28,046 parameters, 28,046 trained, 0.001 GFLOP a sample forward" in text
     assert "learning rate 0.003 (as given)" in text
     assert "anew" in text
     assert not (tmp_path / "run").exists()

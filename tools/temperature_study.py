@@ -53,14 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_cells(options: argparse.Namespace) -> list[Cell]:
     """Return a cell for every combination and seed, TaylorShift first."""
-    shared = settings_of(options)
+    shared = settings_of(options, "taylorshift")
     cells = []
     for init, scale, decay, form, lr, seed in itertools.product(
         *(dict.fromkeys(getattr(options, key)) for key in TAYLORSHIFT_LABELS), dict.fromkeys(options.seeds)
     ):
         labels = dict(zip(TAYLORSHIFT_LABELS, (init, scale, decay, form, lr)))
         settings = [
-            "--model.attention=taylorshift",
             f"--model.attention_options={{form: {form}, temperature_init: {init}}}",
             f"--optim.temperature_lr_scale={scale}",
             f"--optim.decay_temperature={decay}",
@@ -68,10 +67,11 @@ def build_cells(options: argparse.Namespace) -> list[Cell]:
             f"--seed={seed}",
         ]
         cells.append(Cell({"attention": "taylorshift", **labels, "seed": seed}, (*shared, *settings)))
+    shared = settings_of(options, "softmax")
     for lr, weight_decay, seed in itertools.product(
         *map(dict.fromkeys, (options.softmax_lr, options.softmax_weight_decay, options.seeds))
     ):
-        settings = ["--model.attention=softmax", f"--optim.lr={lr}", f"--optim.weight_decay={weight_decay}", f"--seed={seed}"]
+        settings = [f"--optim.lr={lr}", f"--optim.weight_decay={weight_decay}", f"--seed={seed}"]
         cells.append(Cell({"attention": "softmax", "lr": lr, "weight_decay": weight_decay, "seed": seed}, (*shared, *settings)))
     return cells
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from taylorvit.cli import positive_int
+from taylorvit.config_loading import load_config
 
 
 def add_sweep_options(parser: argparse.ArgumentParser, *, out: str) -> None:
@@ -28,16 +29,20 @@ def add_sweep_options(parser: argparse.ArgumentParser, *, out: str) -> None:
     add("--out", type=Path, default=Path(out), metavar="FOLDER", help="the study's folder; a study there is continued")
 
 
-def settings_of(options: argparse.Namespace) -> list[str]:
-    """Return --set as arguments of train.py.
+def settings_of(options: argparse.Namespace, attention: str) -> list[str]:
+    """Return the attention and --set as arguments of train.py; the options of another attention are dropped.
 
     Raises:
-        ValueError: one is no KEY=VALUE.
+        ValueError: a word of --set is no KEY=VALUE, or a configuration file is not valid.
     """
+    config, _ = load_config([word for path in options.config for word in ("--config", str(path))])
+    chosen = [f"--model.attention={attention}"]
+    if attention != config.model.attention:
+        chosen.append("--model.attention_options={}")
     for word in options.set:
         if "=" not in word or word.startswith("-"):
             raise ValueError(f"--set {word}: expected KEY=VALUE, such as schedule.epochs=10")
-    return [f"--{word}" for word in options.set]
+    return [*chosen, *(f"--{word}" for word in options.set)]
 
 
 def need_matplotlib() -> None:

@@ -1,80 +1,79 @@
-"""Time whole models against one another: the same network with different attentions, over image sizes.
+"""Measure whole models side by side: samples a second and peak memory, over image sizes and batch sizes.
 
     python tools/bench_model.py --img_size 224 384 512 1024 --pass inference training
-    python tools/bench_model.py --model taylorvit_tiny_patch16_224 --attention taylorshift softmax --batch_size 8
+    python tools/bench_model.py --model taylorvit_tiny_patch16_224 --attention taylorshift softmax softmax_unfused --memory
+    python tools/bench_model.py --config configs/imagenet_*_tiny.yaml --pass training --batch_size 1 best
 
 `inference` is the forward pass without gradients, `training` the forward pass, the loss and the backward pass; the optimizer's
-step, the same for all, is not in it. All candidates run in one process in interleaved rounds on rotating random images; the
-ratio is the median of the ratios within the rounds, above 1 where the candidate is faster than the last attention named.
-Before TaylorShift is timed, its logits are compared with those of the plain PyTorch reference with the same weights.
+step, the same for all, is not in it. All candidates that take the same inputs run in one process in interleaved rounds on
+rotating random inputs; the ratio is the median of the ratios within the rounds, above 1 where the candidate is faster than the
+last attention of its model, or, with one attention, than the last model. Before TaylorShift is timed, its logits are compared
+with those of the plain PyTorch reference with the same weights; a wrong one gets no time, and the exit code is 1.
 
-Writes model.json into --out and prints a table.
+Attentions: `taylorshift` (the faster form), `taylorshift_direct`, `taylorshift_efficient`, `softmax` (fused), `softmax_unfused`
+(forms the N x N matrix), `config` (the model's own). Batch size `best` doubles from 1 until that gives no 2 % more samples a
+second or memory runs out. What does not fit is a row marked "out of memory"; a CPU's limit is --memory_limit_gib beyond what
+the process holds before. What peak memory counts is said in taylorvit/studies/model_cost.py.
+
+Writes model.json, model.csv, model.md and model.png into --out, case by case while it runs. Needs matplotlib
+(requirements-dev.txt).
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import importlib.util
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from taylorvit.attention import ATTENTIONS
-from taylorvit.benchmark.timing import compare
+from taylorvit.benchmark.measure import GIB
 from taylorvit.cli import positive_float, positive_int, run_program
 from taylorvit.config import ModelConfig
-from taylorvit.models import MODEL_NAMES, TaylorViT, attention_forms, build_model
+from taylorvit.config_loading import load_config
+from taylorvit.models import random_inputs
 from taylorvit.provenance import provenance
-from taylorvit.run_folder import replace_file
+from taylorvit.studies.model_candidates import PRECISIONS, VARIANTS, Candidate, Verdict
+from taylorvit.studies.model_cost import Row, best_batch_size, enter_memory, measure_speed, verify
+from taylorvit.studies.model_passes import Settings
+from taylorvit.studies.model_report import ResultFiles, markdown_table
+from taylorvit.suggest import nearest
 
 PASSES = ("inference", "training")
-MAX_LOGIT_ERROR = 1e-4  # of the largest logit; both are fp32 and a dozen layers deep
+DEFAULT_MODEL = "taylorvit_small_patch16_224"
+BEST = "best"
 
 
-@dataclasses.dataclass
-class Row:
-    """One model at one image size, forward or forward and backward; times are of one batch."""
-
-    attention: str
-    img_size: int
-    num_tokens: int
-    form: str
-    pass_name: str
-    batch_size: int
-    seconds: float
-    seconds_low: float
-    seconds_high: float
-    images_per_second: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    rounds: int
+def batch_size(text: str) -> int | str:
+    """Read a whole number above 0, or "best"."""
+    if text == BEST:
+        return BEST
+    try:
+        return positive_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or {BEST!r}") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--model", nargs="+", metavar="NAME", help=f"models by name (default: {DEFAULT_MODEL})")
+    models.add_argument("--config", nargs="+", metavar="FILE", help="YAML files whose model section is measured")
     add = parser.add_argument
-    add(
-        "--model",
-        default="taylorvit_small_patch16_224",
-        choices=MODEL_NAMES,
-        metavar="NAME",
-        help=f"one of {', '.join(MODEL_NAMES)}",
-    )
-    add("--attention", nargs="+", default=["taylorshift", "softmax"], choices=ATTENTIONS, help="the last one is the baseline")
-    add("--img_size", type=positive_int, nargs="+", default=[224])
-    add("--num_heads", type=positive_int, help="default: the model's")
-    add("--batch_size", type=positive_int, default=1)
+    add("--attention", nargs="+", metavar="NAME", help=f"of {', '.join(VARIANTS)} (default: taylorshift softmax; config)")
+    add("--img_size", type=positive_int, nargs="+", metavar="PIXELS", help="default: the models' own")
+    add("--num_heads", type=positive_int, metavar="H", help="default: the models' own")
+    add("--batch_size", type=batch_size, nargs="+", default=[1], metavar="B", help="sizes, or best (default: 1)")
+    add("--max_batch_size", type=positive_int, default=1024, metavar="B", help="limit of best (default: %(default)s)")
     add("--pass", dest="passes", choices=PASSES, nargs="+", default=["inference"])
+    add("--precision", choices=PRECISIONS, default="no", help="no is fp32, the others are autocast (default: %(default)s)")
+    add("--memory", action="store_true", help="measure peak memory too; on CPU it takes a fresh process a row")
+    add("--memory_limit_gib", type=positive_float, default=8.0, help="CPU: what needs more is out of memory (default: 8)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
     add("--seconds", type=positive_float, default=5.0, help="time for each candidate in each case (default: %(default)s)")
@@ -83,119 +82,143 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def model_config(attention: str, img_size: int, options: argparse.Namespace) -> ModelConfig:
-    """Return the configuration of the model with this attention."""
-    return ModelConfig(name=options.model, attention=attention, img_size=img_size, num_heads=options.num_heads)
-
-
-def build_candidate(attention: str, img_size: int, options: argparse.Namespace) -> TaylorViT:
-    """Return the model with this attention and seeded weights, the same for every attention where the names are."""
-    torch.manual_seed(0)
-    model = build_model(model_config(attention, img_size, options))
-    assert isinstance(model, TaylorViT)
-    return model.to(options.device)
-
-
-def logit_error(model: TaylorViT, images: Tensor, options: argparse.Namespace) -> float:
-    """Return the largest difference from the plain PyTorch reference, relative to the largest logit."""
-    config = model_config("taylorshift", images.shape[-1], options)
-    config.attention_options = {"impl": "reference"}
-    plain = build_model(config).to(options.device)
-    plain.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        ours, theirs = model.eval()(images), plain.eval()(images)
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
-def infer(model: TaylorViT, images: Tensor, labels: Tensor) -> Tensor:
-    """Return the logits."""
-    with torch.no_grad():
-        return model(images)
-
-
-def train(model: TaylorViT, images: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss, with the gradients in the parameters."""
-    model.zero_grad(set_to_none=True)
-    loss = F.cross_entropy(model(images), labels)
-    loss.backward()
-    return loss.detach()
-
-
-def measure(img_size: int, pass_name: str, options: argparse.Namespace) -> list[Row]:
-    """Return a row for each attention.
+def load_models(options: argparse.Namespace) -> dict[str, ModelConfig]:
+    """Return the models to measure by what they are called: the file's stem, or the model's name.
 
     Raises:
-        RuntimeError: TaylorShift's logits are not the reference's.
+        ValueError: a file cannot be read or holds something unknown, or two have one name.
     """
-    training = pass_name == "training"
+    if not options.config:
+        return {name: ModelConfig(name=name) for name in options.model or [DEFAULT_MODEL]}
+    models: dict[str, ModelConfig] = {}
+    for file in dict.fromkeys(options.config):
+        name = Path(file).stem
+        if name in models:
+            raise ValueError(f"--config {file}: another file is called {name!r} too; their results would have one name")
+        models[name] = load_config(["--config", file])[0].model
+    return models
 
-    def make_inputs(seed: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator(options.device).manual_seed(seed)
-        shape = (options.batch_size, 3, img_size, img_size)
-        images = torch.randn(shape, generator=generator, device=options.device)
-        return images, torch.zeros(options.batch_size, dtype=torch.long, device=options.device)
 
-    models = {name: build_candidate(name, img_size, options) for name in options.attention}
-    if "taylorshift" in models:
-        error = logit_error(models["taylorshift"], make_inputs(0)[0][:1], options)
-        if not error <= MAX_LOGIT_ERROR:
-            raise RuntimeError(f"taylorshift's logits are {error:.1e} off the reference's at {img_size} pixels")
-    run = train if training else infer
-    calls = {name: partial(run, model.train(training)) for name, model in models.items()}
-    comparison = compare(calls, make_inputs, seconds=options.seconds, min_rounds=options.min_rounds, num_input_sets=4)
-    rows = []
-    for name, model in models.items():
-        seconds, speedup = comparison.seconds(name), comparison.speedup(name, over=options.attention[-1])
-        num_tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-        form = "+".join(dict.fromkeys(attention_forms(model, training=training)))
-        times = (seconds.median, seconds.low, seconds.high, options.batch_size / seconds.median)
-        ratio = (speedup.median, speedup.low, speedup.high)
-        rows.append(Row(name, img_size, num_tokens, form, pass_name, options.batch_size, *times, *ratio, comparison.num_rounds))
+def build_candidates(models: dict[str, ModelConfig], options: argparse.Namespace) -> list[Candidate]:
+    """Return every model with every attention, at its own image size; the name is the model's and the attention's.
+
+    A single model is left out of the names, and so is the attention "config".
+
+    Raises:
+        ValueError: an attention is unknown.
+    """
+    attentions = dict.fromkeys(options.attention or (["config"] if options.config else ["taylorshift", "softmax"]))
+    for attention in attentions:
+        if attention not in VARIANTS:
+            raise ValueError(
+                f"--attention: there is no {attention!r}{nearest(attention, VARIANTS)}; known: {', '.join(VARIANTS)}"
+            )
+    candidates = []
+    for source, model in models.items():
+        if options.num_heads:
+            model = dataclasses.replace(model, num_heads=options.num_heads)
+        for attention in attentions:
+            prefix = [source] if len(models) > 1 or attention == "config" or options.config else []
+            name = " ".join([*prefix, *([attention] if attention != "config" else [])])
+            candidates.append(Candidate(name, model, attention))
+    return candidates
+
+
+def group_by_inputs(candidates: list[Candidate], img_sizes: list[int] | None) -> list[list[Candidate]]:
+    """Return the groups that are timed together, one for each kind of input; every model is built on the meta device.
+
+    Raises:
+        ValueError: a model cannot be built, or an image size was given for one that takes no images.
+    """
+    groups: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        for img_size in dict.fromkeys(img_sizes or [candidate.model.img_size]):
+            sized = dataclasses.replace(candidate, model=dataclasses.replace(candidate.model, img_size=img_size))
+            sized.build("meta")
+            inputs = random_inputs(sized.config, 1, device="meta")
+            if img_sizes and inputs.ndim != 4:
+                raise ValueError(f"--img_size: model {candidate.model.name!r} takes no images")
+            groups.setdefault(f"{tuple(inputs.shape)} {inputs.dtype}", []).append(sized)
+    return list(groups.values())
+
+
+def choose_baselines(candidates: list[Candidate]) -> dict[str, str]:
+    """Return whom to compare each candidate with: the last attention of its model; with one attention, the last model."""
+    if len({candidate.attention for candidate in candidates}) == 1:
+        return {candidate.name: candidates[-1].name for candidate in candidates}
+    models = {candidate.name: candidate.name.removesuffix(candidate.attention) for candidate in candidates}
+    last = {model: name for name, model in models.items()}
+    return {name: last[model] for name, model in models.items()}
+
+
+def measure_case(
+    candidates: list[Candidate],
+    size: int | str,
+    verdicts: dict[str, Verdict],
+    settings: Settings,
+    *,
+    training: bool,
+    memory: bool,
+    most: int,
+) -> list[Row]:
+    """Return the rows of one pass at one batch size, or at each candidate's best, which is `most` at most."""
+    sizes = {candidate.name: size if isinstance(size, int) else 1 for candidate in candidates}
+    reasons: dict[str, str] = {}
+    for candidate in candidates:
+        if size == BEST and verdicts[candidate.name].passed:
+            found = best_batch_size(candidate, training=training, settings=settings, most=most)
+            sizes[candidate.name] = found.batch_size or 1
+            reasons[candidate.name] = f"best batch: {found.reason}"
+    baselines = choose_baselines(candidates)
+    rows = measure_speed(candidates, sizes, training=training, settings=settings, baselines=baselines, verdicts=verdicts)
+    for row, candidate in zip(rows, candidates):
+        row.best_batch = size == BEST
+        row.note = "; ".join(filter(None, [row.note, reasons.get(row.candidate, "")]))
+        if memory:
+            enter_memory(row, candidate, settings)
     return rows
 
 
-def markdown_table(rows: list[Row]) -> str:
-    """Return the rows as a Markdown table."""
-    lines = [
-        "| pixels | tokens | pass | attention | form | batch | time of a batch | images/s | x baseline | 10 - 90 % |",
-        "|---:|---:|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.img_size} | {row.num_tokens} | {row.pass_name} | {row.attention} | {row.form} | {row.batch_size} "
-            f"| {row.seconds:.4g} s | {row.images_per_second:.4g} | {row.speedup:.2f} "
-            f"| {row.speedup_low:.2f} - {row.speedup_high:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for what argparse lets through; build every model on the meta device, which costs nothing."""
+def check_machine(options: argparse.Namespace) -> None:
+    """Raise ValueError for a GPU or a package that is asked for and not there."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    for img_size in options.img_size:
-        for attention in options.attention:
-            build_model(model_config(attention, img_size, options), device="meta")
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
 
 
 def main() -> int:
-    """Command line -> rows -> file and table."""
+    """Command line -> rows -> files, tables and picture."""
     options = build_parser().parse_args()
-    check_options(options)
+    check_machine(options)
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    header: dict[str, Any] = {"provenance": provenance(), "model": options.model, "seconds": options.seconds}
-    rows: list[Row] = []
-    for pass_name in dict.fromkeys(options.passes):
-        for img_size in dict.fromkeys(options.img_size):
-            new = measure(img_size, pass_name, options)
-            print(markdown_table(new), flush=True)
-            rows += new
-            content = {**header, "rows": [dataclasses.asdict(row) for row in rows]}
-            replace_file(options.out / "model.json", json.dumps(content, indent=1) + "\n")
-    print(f"\n{markdown_table(rows)}\n{options.out / 'model.json'}")
-    return 0
+    settings = Settings(
+        device=options.device,
+        precision=options.precision,
+        seconds=options.seconds,
+        min_rounds=options.min_rounds,
+        memory_limit_bytes=int(options.memory_limit_gib * GIB),
+    )
+    groups = group_by_inputs(build_candidates(load_models(options), options), options.img_size)
+    files = ResultFiles(options.out, {"provenance": provenance(), "settings": dataclasses.asdict(settings)})
+    for candidates in groups:
+        verdicts = {candidate.name: verify(candidate, settings) for candidate in candidates}
+        for pass_name in dict.fromkeys(options.passes):
+            for size in dict.fromkeys(options.batch_size):
+                rows = measure_case(
+                    candidates,
+                    size,
+                    verdicts,
+                    settings,
+                    training=pass_name == "training",
+                    memory=options.memory,
+                    most=options.max_batch_size,
+                )
+                files.add(rows)
+                print(f"{markdown_table(rows)}\n", flush=True)
+    print(*files.written(), sep="\n")
+    return 1 if any(row.is_fault for row in files.rows) else 0
 
 
 if __name__ == "__main__":

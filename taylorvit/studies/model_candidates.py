@@ -71,10 +71,11 @@ class Candidate:
 
         Raises:
             ValueError: the network cannot be built so, or has no softmax attention to run unfused.
+            MemoryError: there is no room for the weights.
         """
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = build_model(self.config, device="meta" if str(device) == "meta" else None).to(device)
+            model = _build(self.config, device)
         if self.attention == "softmax_unfused":
             layers = [module for module in model.modules() if isinstance(module, Softmax)]
             if not layers:
@@ -109,6 +110,15 @@ class Verdict(NamedTuple):
 
     passed: bool
     note: str = ""
+
+
+def _build(config: ModelConfig, device: torch.device | str) -> nn.Module:
+    try:
+        return build_model(config, device="meta" if str(device) == "meta" else None).to(device)
+    except ValueError as error:  # build_model makes one of every refusal
+        if is_out_of_memory(error):
+            raise MemoryError(f"no room for the weights of {config.name}") from error
+        raise
 
 
 def candidate_from_dict(values: Mapping[str, Any]) -> Candidate:
@@ -179,7 +189,7 @@ def _logit_error(candidate: Candidate, forms: list[str], device: str, precision:
     """Return the largest error of the logits over the forms, relative to the largest logit, and what it may be."""
     config = copy.deepcopy(candidate.config)
     config.attention_options = {**config.attention_options, "form": "auto", "impl": "reference"}
-    model, plain = candidate.build(device).eval(), build_model(config).to(device).eval()
+    model, plain = candidate.build(device).eval(), _build(config, device).eval()
     _let_attention_matter(model)
     plain.load_state_dict(model.state_dict())
     inputs = random_inputs(config, 1, device=device, generator=torch.Generator(device).manual_seed(seed))

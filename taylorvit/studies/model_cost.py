@@ -85,7 +85,7 @@ class Row:
 
 
 class BestBatch(NamedTuple):
-    """The batch size that pays best, its samples a second, and why the search ended there; None if not even the first fits."""
+    """The batch size that pays best, its samples a second, and why the search ended; None if not even the first batch ran."""
 
     batch_size: int | None
     samples_per_second: float | None
@@ -109,7 +109,7 @@ def measure_speed(
         training: time training passes, else inference.
         settings: how to measure.
         baselines: whom to compare each with, by name; default: all with the last.
-        verdicts: what `check_logits` said of them, where it was asked before; it is asked here of those that are missing.
+        verdicts: what `verify` said of them, where it was asked before; it is asked here of those that are missing.
 
     Raises:
         ValueError: a network cannot be built, or they do not take the same inputs.
@@ -118,20 +118,30 @@ def measure_speed(
     sizes = {c.name: batch_size if isinstance(batch_size, int) else batch_size[c.name] for c in candidates}
     rows = {c.name: new_row(c, sizes[c.name], training=training, settings=settings) for c in candidates}
     for candidate in candidates:
-        verdict = (verdicts or {}).get(candidate.name) or _check(candidate, settings)
+        verdict = (verdicts or {}).get(candidate.name) or verify(candidate, settings)
         rows[candidate.name].note = verdict.note
         if not verdict.passed:
             rows[candidate.name].status = "wrong"
     with memory_limited(settings):
         passes: dict[str, Pass] = {}
         for candidate in candidates:
-            if rows[candidate.name].status == "ok":
-                passes[candidate.name] = build_pass(candidate, sizes[candidate.name], training, settings)
+            row = rows[candidate.name]
+            try:
+                if row.status == "ok":
+                    passes[candidate.name] = build_pass(candidate, row.batch_size, training, settings)
+            except (MemoryError, RuntimeError) as error:
+                row.status, row.note = _classify(error)
         comparison = _compare(passes, rows, candidates, settings)
     for name in passes if comparison else ():
         assert comparison
         _enter_times(rows[name], comparison, (baselines or {}).get(name, candidates[-1].name), sizes)
     return list(rows.values())
+
+
+def verify(candidate: Candidate, settings: Settings) -> Verdict:
+    """Return whether the candidate's logits are right, see `check_logits`, within the settings' memory."""
+    with memory_limited(settings):
+        return check_logits(candidate, device=settings.device, precision=settings.precision, seed=settings.seed)
 
 
 def peak_memory(candidate: Candidate, batch_size: int, *, training: bool, settings: Settings) -> int | None:
@@ -181,21 +191,23 @@ def best_batch_size(candidate: Candidate, *, training: bool, settings: Settings,
     Raises:
         ValueError: the network cannot be built.
     """
-    with memory_limited(settings):
-        rates = _rates(candidate, [start], training, settings)
-        if rates is None:
-            return BestBatch(None, None, f"out of memory at batch size {start}")
-        size, best = start, rates[0]
-        while 2 * size <= most:
-            rate = _rates(candidate, [size, 2 * size], training, settings)
-            if rate is None:
-                return BestBatch(size, best, f"out of memory at batch size {2 * size}")
-            if rate[1] < MIN_GAIN * rate[0]:
-                return BestBatch(
-                    size, rate[0], f"batch size {2 * size} gives {rate[1] / rate[0]:.2f} times the samples a second"
-                )
-            size, best = 2 * size, rate[1]
-    return BestBatch(size, best, f"the limit of {most} is reached")
+    size, best, tried = None, None, [start]
+    while True:
+        try:
+            with memory_limited(settings):
+                rates = _rates(candidate, tried, training, settings)
+        except (MemoryError, RuntimeError) as error:
+            status, note = _classify(error)
+            return BestBatch(size, best, f"{note or status} at batch size {tried[-1]}")
+        finally:
+            release_memory()
+        if size and rates[-1] < MIN_GAIN * rates[0]:
+            gain = rates[-1] / rates[0]
+            return BestBatch(size, rates[0], f"batch size {tried[-1]} gives {gain:.2f} times the samples a second")
+        size, best = tried[-1], rates[-1]
+        if 2 * size > most:
+            return BestBatch(size, best, f"the limit of {most} is reached")
+        tried = [size, 2 * size]
 
 
 def new_row(candidate: Candidate, batch_size: int, *, training: bool, settings: Settings) -> Row:
@@ -224,11 +236,6 @@ def check_same_inputs(candidates: Sequence[Candidate]) -> None:
         raise ValueError(f"models that are timed side by side must take the same inputs, got {shown}")
 
 
-def _check(candidate: Candidate, settings: Settings) -> Verdict:
-    with memory_limited(settings):
-        return check_logits(candidate, device=settings.device, precision=settings.precision, seed=settings.seed)
-
-
 def _compare(
     passes: dict[str, Pass], rows: dict[str, Row], candidates: Sequence[Candidate], settings: Settings
 ) -> Comparison | None:
@@ -246,33 +253,28 @@ def _compare(
                 seed=settings.seed,
             )
         except CandidateError as error:
-            rows[error.name].status, rows[error.name].note = _classify(error.cause)
+            rows[error.name].status, rows[error.name].note = _classify(error)
             del passes[error.name]
         release_memory()
     return None
 
 
-def _rates(candidate: Candidate, sizes: list[int], training: bool, settings: Settings) -> list[float] | None:
-    """Return the samples a second at each batch size, measured side by side, or None if memory runs out."""
+def _rates(candidate: Candidate, sizes: list[int], training: bool, settings: Settings) -> list[float]:
+    """Return the samples a second at each batch size, measured side by side."""
     call = build_pass(candidate, max(sizes), training, settings)
-    try:
-        comparison = compare(
-            {str(size): dataclasses.replace(call, batch_size=size) for size in sizes},
-            partial(make_inputs, candidate.config, max(sizes), settings.device),
-            seconds=settings.seconds,
-            min_rounds=settings.min_rounds,
-            num_input_sets=NUM_INPUT_SETS,
-            seed=settings.seed,
-        )
-        return [size / comparison.seconds(str(size)).median for size in sizes]
-    except CandidateError as error:
-        if not is_out_of_memory(error.cause):
-            raise
-    release_memory()
-    return None
+    comparison = compare(
+        {str(size): dataclasses.replace(call, batch_size=size) for size in sizes},
+        partial(make_inputs, candidate.config, max(sizes), settings.device),
+        seconds=settings.seconds,
+        min_rounds=settings.min_rounds,
+        num_input_sets=NUM_INPUT_SETS,
+        seed=settings.seed,
+    )
+    return [size / comparison.seconds(str(size)).median for size in sizes]
 
 
 def _classify(error: BaseException) -> tuple[Status, str]:
+    error = error.cause if isinstance(error, CandidateError) else error
     if is_out_of_memory(error):
         return "out of memory", ""
     lines = str(error).strip().splitlines() or [""]

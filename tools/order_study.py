@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--part", dest="parts", choices=PARTS, nargs="+", default=["approximation", "cost"])
     add("--order", type=int, choices=ORDERS, nargs="+", help="default: all; 2 4 to time; 1 2 3 4 to train")
     add("--head_dim", type=positive_int, nargs="+", metavar="D", help="default: 8 16 32 64; 8 16 to time")
-    add("--num_tokens", type=positive_int, nargs="+", metavar="N", help="default: 256; 256 1024 4096 8192 to time")
+    add("--num_tokens", type=positive_int, nargs="+", metavar="N", help="default: 256; 256 1024 4096 to time")
     add("--temperature", type=positive_float, nargs="+", default=TEMPERATURES, metavar="T", help="of the approximation")
     add("--seconds", type=positive_float, default=1.0, help="time for each candidate in each case (default: %(default)s)")
     add("--config", type=Path, nargs="+", metavar="FILE", help="of the training; later files win")
@@ -93,7 +93,7 @@ def study_cost(options: argparse.Namespace) -> None:
     features = feature_table(options.head_dim or (4, 8, 16, 32, 64, 128), options.order or ORDERS)
     timings: list[Timing] = []
     orders = sorted(set(options.order or (2, 4)))
-    for head_dim, num_tokens in itertools.product(options.head_dim or (8, 16), options.num_tokens or (256, 1024, 4096, 8192)):
+    for head_dim, num_tokens in itertools.product(options.head_dim or (8, 16), options.num_tokens or (256, 1024, 4096)):
         print(f"cost: D = {head_dim}, N = {num_tokens}", flush=True)
         timings += time_forms(head_dim, num_tokens, orders, seconds=options.seconds)
     files = Files(options, "cost")

@@ -10,14 +10,14 @@ from typing import Any
 from taylorvit.ops.orders import FORMS, MAX_FEATURES, crossover
 from taylorvit.studies.orders import Approximation, Timing
 
-COLORS = ("gray", "tab:red", "tab:blue", "tab:orange", "tab:green", "gold", "tab:purple")  # by order
-KEY_TITLES = {"uniform": "keys uniform on the sphere", "shared": "keys share a direction"}
+COLORS = ("gray", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:brown", "tab:purple")  # by order
+KEY_TITLES = {"uniform": "uniform keys", "shared": "keys share a direction"}
 ODD_PANELS: tuple[tuple[str, str, Callable[[Approximation], float]], ...] = (
     ("share of negative weights", "linear", lambda row: row.negative_share),
     ("smallest |row sum| / N", "log", lambda row: row.smallest_row_sum),
     ("longest output / longest value", "log", lambda row: row.largest_output),
 )
-LEAST = 1e-6  # total variation below this is not drawn
+LEAST = 1e-6  # smaller distances are not drawn
 
 
 def approximation_tables(rows: Sequence[Approximation]) -> str:
@@ -101,12 +101,11 @@ def draw_approximation(rows: Sequence[Approximation], output: Path) -> None:
             for order in sorted({row.order for row in rows}):
                 chosen = (key, head_dim, num_tokens, order)
                 points = [row for row in rows if (row.keys, row.head_dim, row.num_tokens, row.order) == chosen]
-                values = [max(row.total_variation, LEAST) for row in points]
-                axis.plot([row.temperature for row in points], values, **_style(order))
+                axis.plot([row.temperature for row in points], [row.total_variation for row in points], **_style(order))
             _log_temperatures(axis, rows)
-            axis.set(yscale="log", title=f"D = {head_dim}, {KEY_TITLES[key]}", ylim=(LEAST, 30))
-            axis.title.set_fontsize("medium")
-        figure.supylabel("total-variation distance from softmax")
+            axis.set(yscale="log", title="" if line else f"D = {head_dim}", ylim=(LEAST, 30))
+            axis.set_ylabel("" if column else KEY_TITLES[key])
+        figure.suptitle("total-variation distance from softmax, mean of the rows")
         _legend(figure, axes)
 
 
@@ -122,13 +121,14 @@ def draw_odd(rows: Sequence[Approximation], output: Path) -> None:
                 for head_dim, look in zip(ends, ("-", ":")):
                     chosen = (key, head_dim, rows[0].num_tokens, order)
                     points = [row for row in rows if (row.keys, row.head_dim, row.num_tokens, row.order) == chosen]
-                    style = {**_style(order), "linestyle": look, "label": f"order {order}, D = {head_dim}"}
+                    style = {**_style(order), "linestyle": look}
                     axis.plot([row.temperature for row in points], [value(row) for row in points], **style)
-            if column == len(ODD_PANELS) - 1:
-                axis.axhline(1, color="black", linewidth=1, label="limit of a mean")
             _log_temperatures(axis, rows)
-            axis.set(yscale=scale, title=f"{title}\n{KEY_TITLES[key]}")
-            axis.title.set_fontsize("medium")
+            axis.set(yscale=scale, title="" if line else title, ylabel="" if column else KEY_TITLES[key])
+        for line in axes:
+            line[-1].axhline(1, color="black", linewidth=1, label="no mean is longer")
+        for head_dim, look in zip(ends, ("-", ":")):
+            axes[0][0].plot([], [], color="gray", linestyle=look, label=f"D = {head_dim}")
         _legend(figure, axes)
 
 
@@ -141,7 +141,7 @@ def draw_cost(features: Sequence[dict[str, Any]], timings: Sequence[Timing], out
             points = [row for row in features if row["order"] == order]
             first.plot([row["head_dim"] for row in points], [row["features"] for row in points], **_style(order))
         first.axhline(MAX_FEATURES, color="black", linewidth=1, linestyle="-.", label="limit of this code")
-        first.set(xscale="log", yscale="log", xlabel="head dimension D", title="features = tokens at the crossover")
+        first.set(xscale="log", yscale="log", xlabel="head dimension D", title="features F: efficient pays above N = F")
         _ticks(first, [row["head_dim"] for row in features])
         for axis, head_dim in zip(axes[0][1:], head_dims):
             _draw_times(axis, [row for row in timings if row.head_dim == head_dim])
@@ -159,7 +159,8 @@ def _draw_times(axis: Any, timings: Sequence[Timing]) -> None:
             style["label"] = f"{form}, order {order}"
             where = crossover(points[0].head_dim, int(order))
             if points[0].num_tokens < where < points[-1].num_tokens and form == "efficient":
-                axis.axvline(where, color=style["color"], linewidth=1, alpha=0.5)
+                label = f"equal operations, order {order}"
+                axis.axvline(where, color=style["color"], linewidth=1, linestyle="-.", label=label)
         axis.plot([row.num_tokens for row in points], [row.seconds for row in points], marker="o", **style)
     axis.set(xscale="log", yscale="log")
     _ticks(axis, [row.num_tokens for row in timings])

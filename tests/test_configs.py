@@ -19,7 +19,7 @@ from taylorvit.complexity import flops_crossover
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
 from taylorvit.distributed import split_batch
-from taylorvit.models import attention_forms, build_model
+from taylorvit.models import SequenceEncoder, attention_forms, build_model
 from taylorvit.run_folder import RunFolder
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -94,7 +94,8 @@ def test_config_loads_and_builds(name: str) -> None:
     model = build_model(config.model, device="meta")
     kind = "softmax" if "softmax" in name else "direct"  # all have fewer than N0 tokens
     assert attention_forms(model) == [kind] * len(model.blocks)
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    is_sequence = isinstance(model, SequenceEncoder)
+    tokens = model.num_tokens if is_sequence else model.patch_embed.num_patches + model.num_prefix_tokens
     assert tokens <= flops_crossover(model.embed_dim // model.blocks[0].attn.num_heads)
     if name in FROM_SCRATCH:
         assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name.removeprefix("imagenet_")]
@@ -160,14 +161,22 @@ def shrunken(name: str) -> Config:
     config = load(name)
     heads = build_model(config.model, device="meta").blocks[0].attn.num_heads
     side = config.model.img_size // 112 if name in IMAGENET else config.model.img_size // (config.model.patch_size or 16) // 2
-    dataset = config.data.dataset.replace("digits", "folder")  # which it is, only larger
+    dataset = config.data.dataset.replace("digits", "folder").replace("torch/cifar10", "folder")  # which they are, only larger
+    is_sequence = config.model.max_length is not None
+    size = (
+        {"model.max_length": min(config.model.max_length, 784)}
+        if is_sequence
+        else {"model.img_size": side * (config.model.patch_size or 16)}
+    )
     changes = {
-        "model.img_size": side * (config.model.patch_size or 16),
+        **size,
         "model.embed_dim": 8 * heads,
         "model.depth": 2,
         "model.num_classes": 10,
         "data.dataset": dataset,
-        "data.root": dataset,
+        "data.root": dataset.removeprefix("pixels/"),
+        "data.train_split": "train",  # parts of ten images would be empty
+        "data.val_split": "val",
         "data.num_workers": 0,
         "schedule.epochs": 1,
         "schedule.warmup_epochs": 0.5,

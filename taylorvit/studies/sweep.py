@@ -117,7 +117,6 @@ def plan_cells(cells: Sequence[Cell], *, configs: Sequence[Path], out: Path) -> 
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the grid holds {twice} twice")
-    make_folder(out / "cells")
     plans = []
     for cell in cells:
         settings = [*cell.arguments, f"--run_dir={out / 'runs' / cell.name}", "--resume=auto"]
@@ -126,6 +125,8 @@ def plan_cells(cells: Sequence[Cell], *, configs: Sequence[Path], out: Path) -> 
         plan = Plan(cell, config, out / "cells" / f"{cell.name}.json")
         _refuse_other_result(plan)
         plans.append(plan)
+    make_folder(out)
+    (out / "cells").mkdir(exist_ok=True)
     return plans
 
 

@@ -133,7 +133,7 @@ def test_claims_are_held_against_sizes_beyond_the_crossing() -> None:
 
 
 def test_where_a_size_leaves_a_range() -> None:
-    falling = [(N, 8 / N) for N in (64, 16, 256)]
+    falling = [(64, 8 / 64), (16, 1.0), (256, 8 / 256)]  # only the last two lie on 8 / N
     assert numerics.reach(falling, 2.0**-14, -1) == pytest.approx(8 * 2**14)
     assert numerics.reach(falling, 65504.0, 1) is None  # moves away
     assert numerics.reach(falling, 2.0**-25, -1) is None  # beyond MOST_TOKENS

@@ -5,8 +5,8 @@
 
 Errors: every implementation in both forms, `paper` being the paper's way of computing, over all of --num_tokens, --head_dim,
 --temperature, --dtype and --kind; inputs are rounded to the dtype before the fp64 truth is computed, so only the computing is
-judged. A result with NaN or infinities has no error, they are counted instead. Sizes, the paper's scaling and its ones column
-in fp16: over --long_tokens, in temperature 1. Without normalisation: over --num_tokens up to 5,792.
+judged. A result with NaN or infinities has no error, they are counted instead. Temperature 1: sizes, the paper's scaling (up to
+65,536 tokens) and its ones column in fp16 over --long_tokens, and without normalisation over --num_tokens up to 5,792.
 
 Writes numerics.json (everything), numerics.csv (the errors), numerics.md (tables), numerics.png (errors) and
 numerics_sizes.png (all else) into --out, whose earlier results are replaced. Needs matplotlib (requirements-dev.txt).
@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--num_tokens", type=positive_int, nargs="+", default=[256, 1024, 4096], metavar="N")
+    add("--num_tokens", type=positive_int, nargs="+", default=[128, 512, 2048], metavar="N")
     add("--head_dim", type=positive_int, nargs="+", default=[16, 32, 64], metavar="D")
     add("--temperature", type=positive_float, nargs="+", default=[1.0, 8.0])
     add("--dtype", nargs="+", default=HALF_TO_FULL, choices=DTYPES)

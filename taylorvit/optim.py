@@ -130,8 +130,8 @@ def _with_temperature_groups(model: nn.Module, groups: list[dict[str, Any]], con
     for group in groups:
         others = [parameter for parameter in group["params"] if id(parameter) not in temperatures]
         moved = [parameter for parameter in group["params"] if id(parameter) in temperatures]
-        own: dict[str, Any] = {"lr_scale": group.get("lr_scale", 1.0) * config.temperature_lr_scale}
-        if config.decay_temperature:
-            own["weight_decay"] = config.weight_decay
+        own: dict[str, Any] = {"weight_decay": config.weight_decay} if config.decay_temperature else {}
+        if config.temperature_lr_scale != 1:
+            own["lr_scale"] = group.get("lr_scale", 1.0) * config.temperature_lr_scale
         split += [group | {"params": others}, group | {"params": moved} | own]
     return [group for group in split if group["params"]]

@@ -402,6 +402,10 @@ def test_every_number_has_a_range() -> None:
             {"optim.decay_temperature": True, "model.attention": "softmax"},
             "optim.decay_temperature: true has no effect: model.attention 'softmax'",
         ),
+        (
+            {"optim.temperature_lr_scale": 10.0, "model.attention": "softmax"},
+            "optim.temperature_lr_scale: 10.0 has no effect: model.attention 'softmax'",
+        ),
         ({"train.freeze": "backbone"}, "train.freeze: 'backbone' would train a classifier on random features"),
         ({"checkpoint.metric": "ema_top1"}, "checkpoint.metric: 'ema_top1' needs averaged weights; set train.ema_decay"),
     ],

@@ -16,8 +16,10 @@ from helpers import assert_same_state, history, losses, tiny_config
 from taylorvit import engine
 from taylorvit.checkpoint import list_checkpoints, read_meta
 from taylorvit.config import Config
+from taylorvit.config_loading import config_to_dict, flatten
 from taylorvit.engine import NonFiniteError, dry_run, train
 from taylorvit.run_folder import RunFolder
+from taylorvit.saving import check_same_run
 from taylorvit.signals import StopRequest
 from taylorvit.weights import load_weights
 
@@ -203,6 +205,15 @@ def test_bad_settings_are_one_error_and_lose_nothing(
         train(tiny_config(digit_folder, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
     assert not RunFolder(tmp_path / "run").holds_run()  # a corrected start is not refused
+
+
+def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(digit_folder: Path, tmp_path: Path) -> None:
+    config = tiny_config(digit_folder, tmp_path)
+    older = {key: value for key, value in flatten(config_to_dict(config)).items() if key != "optim.temperature_lr_scale"}
+    check_same_run(older, config)
+    changed = replace(config, optim=replace(config.optim, temperature_lr_scale=10.0))
+    with pytest.raises(ValueError, match="optim.temperature_lr_scale 1.0 -> 10.0; change them in a new run_dir"):
+        check_same_run(older, changed)
 
 
 def test_settings_named_in_allow_change_may_differ(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 import taylorvit  # noqa: F401  (registers the models)
 from taylorvit.config import OptimConfig, ScheduleConfig
-from taylorvit.optim import build_optimizer, build_scheduler, freeze_backbone, scaled_learning_rate
+from taylorvit.optim import (
+    build_optimizer,
+    build_scheduler,
+    current_learning_rate,
+    freeze_backbone,
+    scaled_learning_rate,
+)
 
 NAMES = (
     "lamb", "lambc", "adamw", "adam", "sgd", "sgdw", "nesterov", "muon", "nadamuon", "lion", "clion", "adopt", "adoptw",
@@ -177,6 +183,26 @@ def test_decay_temperature_without_decay_or_with_a_frozen_backbone() -> None:
     freeze_backbone(model)
     frozen = groups_by_name(model, OptimConfig(weight_decay=0.3, decay_temperature=True))
     assert {name: group["weight_decay"] for name, group in frozen.items()} == {"head.weight": 0.3, "head.bias": 0.0}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_temperature_lr_scale_reaches_the_temperatures_and_nothing_else(layer_decay: float | None) -> None:
+    model = small_model()
+    config = OptimConfig(name="adamw", lr=1e-2, layer_decay=layer_decay, temperature_lr_scale=10.0)
+    plain = groups_by_name(model, OptimConfig(name="adamw", lr=1e-2, layer_decay=layer_decay))
+    scaled = groups_by_name(model, config)
+    for name, group in scaled.items():
+        factor = 10.0 if name.endswith("temperature") else 1.0
+        assert group.get("lr_scale", 1.0) == plain[name].get("lr_scale", 1.0) * factor, name
+        assert group["weight_decay"] == plain[name]["weight_decay"], name
+    optimizer = build_optimizer(model, config, global_batch_size=1)
+    scheduler = build_scheduler(optimizer, ScheduleConfig(epochs=2, warmup_epochs=0, min_lr=0.0), updates_per_epoch=4)
+    scheduler.step_update(4)  # half of the cosine
+    assert current_learning_rate(optimizer) == pytest.approx(5e-3)
+    (last,) = [
+        group["lr"] for group in optimizer.param_groups for p in group["params"] if p is model.blocks[1].attn.temperature
+    ]
+    assert last == pytest.approx(5e-3 * 10 * (layer_decay or 1.0))
 
 
 def test_layer_decay_counts_layers_from_the_head() -> None:

@@ -37,7 +37,7 @@ from taylorvit.config import ModelConfig
 from taylorvit.config_loading import load_config
 from taylorvit.models import random_inputs
 from taylorvit.provenance import provenance
-from taylorvit.studies.model_candidates import PRECISIONS, VARIANTS, Candidate, Verdict
+from taylorvit.studies.model_candidates import PRECISIONS, VARIANTS, Candidate, Verdict, source_name
 from taylorvit.studies.model_cost import Row, best_batch_size, enter_memory, measure_speed, verify
 from taylorvit.studies.model_passes import Settings
 from taylorvit.studies.model_report import ResultFiles, markdown_table
@@ -128,7 +128,7 @@ def group_by_inputs(candidates: list[Candidate], img_sizes: list[int] | None) ->
     """Return the groups that are timed together, one for each kind of input; every model is built on the meta device.
 
     Raises:
-        ValueError: a model cannot be built, or an image size was given for one that takes no images.
+        ValueError: a model cannot be built, or not with this image size.
     """
     groups: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -136,8 +136,6 @@ def group_by_inputs(candidates: list[Candidate], img_sizes: list[int] | None) ->
             sized = dataclasses.replace(candidate, model=dataclasses.replace(candidate.model, img_size=img_size))
             sized.build("meta")
             inputs = random_inputs(sized.config, 1, device="meta")
-            if img_sizes and inputs.ndim != 4:
-                raise ValueError(f"--img_size: model {candidate.model.name!r} takes no images")
             groups.setdefault(f"{tuple(inputs.shape)} {inputs.dtype}", []).append(sized)
     return list(groups.values())
 
@@ -146,7 +144,7 @@ def choose_baselines(candidates: list[Candidate]) -> dict[str, str]:
     """Return whom to compare each candidate with: the last attention of its model; with one attention, the last model."""
     if len({candidate.attention for candidate in candidates}) == 1:
         return {candidate.name: candidates[-1].name for candidate in candidates}
-    models = {candidate.name: candidate.name.removesuffix(candidate.attention) for candidate in candidates}
+    models = {candidate.name: source_name(candidate.name, candidate.attention) for candidate in candidates}
     last = {model: name for name, model in models.items()}
     return {name: last[model] for name, model in models.items()}
 

@@ -121,6 +121,11 @@ def _build(config: ModelConfig, device: torch.device | str) -> nn.Module:
         raise
 
 
+def source_name(name: str, attention: str) -> str:
+    """Return what the candidates of one network have in common in their names, which end with their attention's name."""
+    return name if attention == "config" else name.removesuffix(attention).strip()
+
+
 def candidate_from_dict(values: Mapping[str, Any]) -> Candidate:
     """Rebuild a candidate from what `dataclasses.asdict` made of it."""
     return Candidate(**{**values, "model": ModelConfig(**values["model"])})

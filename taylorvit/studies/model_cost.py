@@ -157,14 +157,14 @@ def peak_memory(candidate: Candidate, batch_size: int, *, training: bool, settin
         "training": training,
         "device": settings.device,
         "precision": settings.precision,
+        "memory_limit_bytes": settings.memory_limit_bytes,
         "seed": settings.seed,
     }
     try:
-        with memory_limited(settings):
-            if settings.device == "cuda":
-                return peak_bytes_on_gpu(prepare_pass(**arguments).call)
-            target = f"{prepare_pass.__module__}:{prepare_pass.__name__}"
-            return peak_bytes_on_cpu(target, arguments, threads=settings.threads)
+        if settings.device == "cuda":
+            return peak_bytes_on_gpu(prepare_pass(**arguments).call)
+        target = f"{prepare_pass.__module__}:{prepare_pass.__name__}"
+        return peak_bytes_on_cpu(target, arguments, threads=settings.threads)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise MemoryError(f"{candidate.name} needs more memory than there is") from error
@@ -191,16 +191,17 @@ def best_batch_size(candidate: Candidate, *, training: bool, settings: Settings,
     Raises:
         ValueError: the network cannot be built.
     """
-    size, best, tried = None, None, [start]
+    size, best, tried, obstacle = None, None, [start], ""
     while True:
         try:
             with memory_limited(settings):
                 rates = _rates(candidate, tried, training, settings)
         except (MemoryError, RuntimeError) as error:
             status, note = _classify(error)
-            return BestBatch(size, best, f"{note or status} at batch size {tried[-1]}")
-        finally:
+            obstacle = f"{note or status} at batch size {tried[-1]}"
+        if obstacle:
             release_memory()
+            return BestBatch(size, best, obstacle)
         if size and rates[-1] < MIN_GAIN * rates[0]:
             gain = rates[-1] / rates[0]
             return BestBatch(size, rates[0], f"batch size {tried[-1]} gives {gain:.2f} times the samples a second")

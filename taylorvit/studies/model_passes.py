@@ -87,36 +87,51 @@ def make_inputs(config: ModelConfig, batch_size: int, device: str, seed: int) ->
 
 
 def prepare_pass(
-    candidate: dict[str, Any], batch_size: int, training: bool, device: str, precision: Precision, seed: int
+    candidate: dict[str, Any],
+    batch_size: int,
+    training: bool,
+    device: str,
+    precision: Precision,
+    memory_limit_bytes: int,
+    seed: int,
 ) -> Prepared:
-    """Return a pass for `benchmark.memory`, from JSON types; the warm-up is a pass of one sample through one block."""
+    """Return a pass for `benchmark.memory`, from JSON types; on CPU this process is limited for good.
+
+    The warm-up is a pass of one sample through one block.
+    """
+    settings = Settings(device=device, precision=precision, memory_limit_bytes=memory_limit_bytes, seed=seed)
+    limit_memory(settings)
     full = candidate_from_dict(candidate)
     is_ours = full.model.name in MODEL_NAMES  # other networks need not know a depth
     shallow = dataclasses.replace(full, model=dataclasses.replace(full.model, depth=1)) if is_ours else full
-    settings = Settings(device=device, precision=precision, seed=seed)
     inputs = make_inputs(full.config, batch_size, device, seed)
     warm_up = partial(build_pass(shallow, 1, training, settings), *inputs)
     return Prepared(warm_up, partial(build_pass(full, batch_size, training, settings), *inputs))
 
 
-@contextlib.contextmanager
-def memory_limited(settings: Settings) -> Iterator[None]:
-    """Let allocations fail that go `memory_limit_bytes` beyond what this process holds now; child processes inherit it.
+def limit_memory(settings: Settings) -> None:
+    """Let allocations fail that go `memory_limit_bytes` beyond what this process holds now.
 
     Does nothing on a GPU, whose memory is its limit, and where the system does not tell what a process holds.
     """
     found = re.search(r"^VmData:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE) if STATUS.exists() else None
     if settings.device != "cpu" or not found:
-        yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     wanted = int(found[1]) * 1024 + settings.memory_limit_bytes
     limits = [limit for limit in (soft, hard, wanted) if limit != resource.RLIM_INFINITY]
     resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+
+
+@contextlib.contextmanager
+def memory_limited(settings: Settings) -> Iterator[None]:
+    """Limit this process's memory inside the `with` block, see `limit_memory`."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit_memory(settings)
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def release_memory() -> None:

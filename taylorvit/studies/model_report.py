@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taylorvit.run_folder import replace_file
+from taylorvit.studies.model_candidates import source_name
 from taylorvit.studies.model_cost import Row, Status
 
 FIELDS = [item.name for item in dataclasses.fields(Row)]
@@ -158,7 +159,7 @@ def _title(row: Row, over_tokens: bool) -> str:
 
 def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:
     """Return colour, dashes and marker of every candidate; the first lines are the widest, so that later ones hide none."""
-    sources = {row.candidate: row.candidate.removesuffix(row.attention).strip() for row in rows}
+    sources = {row.candidate: source_name(row.candidate, row.attention) for row in rows}
     attentions = list(dict.fromkeys(row.attention for row in rows))
     models = list(dict.fromkeys(sources.values()))
     styles = {}

@@ -94,7 +94,7 @@ def measure_crossing(peers: tuple[Peer, Peer], head_dim: int, training: bool, op
     guess = flops_crossover(head_dim, "circulant")
     refuse_wrong_results(round(guess))
     crossing = find_crossing(speedups, guess, tolerance=options.tolerance, fewest=FEWEST, most=MOST)
-    if crossing.ahead_everywhere == "incumbent":
+    if crossing.winner == "incumbent":
         return None
     num_tokens = round(crossing.num_tokens or FEWEST)  # efficient is ahead at all token counts, from the fewest on
     refuse_wrong_results(num_tokens)

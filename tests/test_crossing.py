@@ -1,14 +1,19 @@
-"""The search for a crossing: found from any guess, with an interval that is right as often as it says, ended cleanly."""
+"""The search for a crossing: found from any guess, with an interval that is right as often as it says, ended cleanly; then
+its rows, table and picture."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 
-from taylorvit.benchmark.crossing import Crossing, OutOfReach, Point, confidence, find_crossing
+from taylorvit.benchmark.crossing import Crossing, OutOfReach, Point, Row, confidence, draw, find_crossing, markdown_table
+from taylorvit.complexity import flops_crossover, memory_crossover
 
 
 def noisy(truth: float, noise: float, seed: int, rounds: int = 9, slope: float = 1.0) -> Callable[[int], list[float]]:
@@ -33,7 +38,7 @@ def test_the_crossing_is_found_from_any_guess(truth: int, guess: float, rounds: 
     assert len(set(asked)) == len(asked) < 25
     assert [point.num_tokens for point in found.points] == sorted(asked)
     assert all(point.log_ratios == pytest.approx(rounds * (math.log(point.num_tokens / truth),)) for point in found.points)
-    assert (found.ahead_everywhere, found.unreachable) == (None, None)
+    assert (found.winner, found.unreachable) == (None, None)
 
 
 def test_an_exact_quantity_is_interpolated_between_the_nearest_points() -> None:
@@ -80,10 +85,34 @@ def test_far_points_have_no_say() -> None:
     assert find_crossing(bent, 20, tolerance=0.05, fewest=16, most=65536).num_tokens == pytest.approx(500)
 
 
+@pytest.mark.parametrize(
+    ("dent", "last", "truth"), [((400, 700), 65536, 5000), ((400, 700), 2500, None), ((90, 150), 65536, 5000)]
+)
+def test_a_dent_is_no_crossing(dent: tuple[int, int], last: int, truth: int | None) -> None:
+    def measure(num_tokens: int) -> list[float]:
+        return [1.2 if dent[0] <= num_tokens <= dent[1] else num_tokens / 5000] * 3
+
+    found = find_crossing(measure, 100, tolerance=0.05, fewest=16, most=last)
+    assert found.num_tokens == (truth and pytest.approx(truth))
+    assert found.winner == (None if truth else "incumbent")
+    assert any(dent[0] <= point.num_tokens <= dent[1] for point in found.points)
+
+
+def test_a_crossing_is_confirmed_beyond_unless_memory_ends() -> None:
+    def measure(num_tokens: int) -> list[float]:
+        if num_tokens > 1100:
+            raise OutOfReach
+        return [num_tokens / 1000]
+
+    free = find_crossing(lambda num_tokens: [num_tokens / 1000], 990, tolerance=0.05, fewest=16, most=65536)
+    assert free.points[-1].num_tokens >= 1400
+    assert find_crossing(measure, 990, tolerance=0.05, fewest=16, most=65536).num_tokens == pytest.approx(1000)
+
+
 @pytest.mark.parametrize(("ratio", "side"), [(0.9, "incumbent"), (1.1, "challenger"), (1.0, "incumbent")])
 def test_without_a_crossing_the_winner_is_named(ratio: float, side: str) -> None:
     found = find_crossing(lambda num_tokens: [ratio, ratio], 100, tolerance=0.05, fewest=16, most=1000)
-    assert (found.num_tokens, found.interval, found.ahead_everywhere, found.unreachable) == (None, None, side, None)
+    assert (found.num_tokens, found.interval, found.winner, found.unreachable) == (None, None, side, None)
     assert found.points[-1].num_tokens == (1000 if side == "incumbent" else 100)
     assert found.points[0].num_tokens == (100 if side == "incumbent" else 16)
 
@@ -104,7 +133,7 @@ def test_memory_ends_the_search(guess: int, limit: int) -> None:
         assert found.num_tokens == pytest.approx(1000)
         assert found.unreachable is None
     else:
-        assert (found.num_tokens, found.ahead_everywhere) == (None, "incumbent")
+        assert (found.num_tokens, found.winner) == (None, "incumbent")
         assert found.unreachable is not None
         assert limit <= found.unreachable <= 1.06 * found.points[-1].num_tokens
     assert len(set(tried)) == len(tried) < 20
@@ -123,3 +152,60 @@ def test_other_errors_end_the_search() -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         find_crossing(measure, 100, tolerance=0.05, fewest=16, most=1000)
+
+
+def row(**changes: Any) -> Row:
+    settings: dict[str, Any] = {
+        "quantity": "time",
+        "impl": "cpu",
+        "rival": "sdpa",
+        "pass_name": "forward",
+        "head_dim": 32,
+        "num_heads": 2,
+    }
+    return Row(**settings | changes)
+
+
+def test_a_row_stands_beside_theory() -> None:
+    time, memory = row(), row(quantity="memory")
+    assert (time.n_paper, time.n_symmetric) == (flops_crossover(32), flops_crossover(32, "symmetric"))
+    assert (memory.n_paper, memory.n_circulant) == (memory_crossover(32), memory_crossover(32, "circulant"))
+
+
+@pytest.mark.parametrize(
+    ("crossing", "shown", "status"),
+    [
+        (Crossing(1234.4, (1100.2, 1300.0), (Point(1000, (0.1,)), Point(2000, (0.2,)))), "1,234 (1,100 - 1,300)", "crossed"),
+        (Crossing(1234.4, None, (Point(1000, (0.1,)),)), "1,234", "crossed"),
+        (Crossing(None, None, (Point(16, (0.1,)),), "challenger"), "ahead from 16 on", "efficient ahead"),
+        (Crossing(None, None, (Point(16, (-0.1,)), Point(4000, (-0.1,))), "incumbent"), "not below 4,000", "rival ahead"),
+        (Crossing(None, None, (Point(4000, (-0.1,)),), "incumbent", 5000), "not below 4,000, where memory ends", "rival ahead"),
+        (Crossing(None, None, (), None, 16), "memory ends before 16", "out of reach"),
+    ],
+)
+def test_a_row_says_what_was_found(crossing: Crossing, shown: str, status: str) -> None:
+    found = row()
+    found.enter(crossing)
+    assert (str(found), found.status, found.is_fault) == (shown, status, False)
+    assert [point["num_tokens"] for point in found.points] == [point.num_tokens for point in crossing.points]
+
+
+def test_the_table_puts_rivals_and_theory_side_by_side() -> None:
+    rows = [row(num_tokens=500.0), row(rival="direct", status="wrong", note="off"), row(head_dim=16, num_tokens=99.0)]
+    lines = markdown_table(rows).splitlines()
+    assert lines[2] == "| time | cpu | forward | 32 | WRONG: off | 500 | 1,056.746 | 560.746 | 576.746 |"
+    assert lines[3] == "| time | cpu | forward | 16 |  | 99 | 272.743 | 152.743 | 160.743 |"
+
+
+def test_the_picture_has_a_panel_for_each_quantity(tmp_path: Path) -> None:
+    rows = [
+        row(num_tokens=500.0, low=450.0, high=600.0),
+        row(impl="reference", num_tokens=500.0, low=510.0, high=600.0),  # the line's zero may lie outside of its interval
+        row(impl="paper", status="rival ahead", last_tokens=4000),
+        row(rival="direct", status="efficient ahead", first_tokens=16),
+        row(rival="sdpa_math", status="wrong"),
+    ]
+    draw(rows, tmp_path / "one.png")
+    draw([*rows, row(quantity="memory", num_tokens=600.0)], tmp_path / "two.png")
+    one, two = (plt.imread(tmp_path / name).shape for name in ("one.png", "two.png"))
+    assert two[1] == 2 * one[1]

@@ -121,7 +121,7 @@ def draw_odd(rows: Sequence[Approximation], output: Path) -> None:
                 for head_dim, look in zip(ends, ("-", ":")):
                     chosen = (key, head_dim, rows[0].num_tokens, order)
                     points = [row for row in rows if (row.keys, row.head_dim, row.num_tokens, row.order) == chosen]
-                    style = {**_style(order), "linestyle": look}
+                    style = {**_style(order), "linestyle": look} | ({} if look == "-" else {"label": None})
                     axis.plot([row.temperature for row in points], [value(row) for row in points], **style)
             _log_temperatures(axis, rows)
             axis.set(yscale=scale, title="" if line else title, ylabel="" if column else KEY_TITLES[key])

@@ -150,9 +150,14 @@ def write(results: Results, options: argparse.Namespace) -> None:
     with (options.out / "numerics.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(ErrorRow)])
         writer.writeheader()
-        writer.writerows(rows["errors"])
+        writer.writerows({key: short(value) for key, value in row.items()} for row in rows["errors"])
     (options.out / "numerics.md").write_text(markdown(results), encoding="utf-8")
     draw(results, options.out)
+
+
+def short(value: Any) -> Any:
+    """Return a float with four digits; the JSON file has them all."""
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 def markdown(results: Results) -> str:
@@ -292,13 +297,13 @@ def draw_all_sizes(results: Results, path: Path) -> None:
     """Draw sizes, scaling and the ones column above, the attention without normalisation below."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(18, 12.5), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(19, 17), layout="constrained")
     draw_claims(axes[0, 0], results["sizes"])
     draw_scaled(axes[0, 1], results["sizes"])
     draw_ones(axes[0, 2], results["ones_column"])
     draw_normalisation(axes[1], results["normalisation"])
     for axis in axes.flat:
-        axis.legend(fontsize=13)
+        axis.legend(fontsize=14, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -320,6 +325,7 @@ def draw_errors(axis: Any, rows: list[ErrorRow]) -> None:
     for name in names:
         impl = name.split("_")[-1] if "taylor" in name else "paper"
         style = {"color": f"C{impls.index(impl)}", "linestyle": "--" if "efficient" in name else "-"}
+        width = 5 - 1.5 * min(impls.index(impl), 2)  # the same values over one another stay visible
         curve: dict[int, float] = {}
         for (N,), members in group([row for row in rows if row.candidate == name and not row.note], ("num_tokens",)).items():
             if any(row.rms is None for row in members):
@@ -328,7 +334,7 @@ def draw_errors(axis: Any, rows: list[ErrorRow]) -> None:
             else:
                 curve[N] = max(row.rms or 0.0 for row in members)
         marker = "s" if "efficient" in name else "o"
-        axis.plot(list(curve), list(curve.values()), marker=marker, label=name.removeprefix("taylor_"), **style)
+        axis.plot(list(curve), list(curve.values()), marker=marker, label=name.removeprefix("taylor_"), lw=width, **style)
     floor = {N: max(row.rounding or 0.0 for row in members) for (N,), members in group(rows, ("num_tokens",)).items()}
     axis.plot(list(floor), list(floor.values()), color="black", linestyle=":", label="rounding of the exact result")
 
@@ -344,7 +350,7 @@ def draw_claims(axis: Any, rows: list[SizeRow]) -> None:
         axis.plot(list(curve), [claim(N, D) for N in curve], color=f"C{index}", linewidth=1.2)
     tokens_axis(axis, [row.num_tokens for row in rows])
     axis.set(yscale="log", xlabel="tokens N", ylabel="mean norm of a row (first: of the state)")
-    axis.set_title(f"Without scaling, d = {D}: measured (dots), claimed (lines)", fontsize=16)
+    axis.set_title(f"without scaling, d = {D}\nmeasured (dots), claimed (lines)", fontsize=16)
 
 
 def draw_scaled(axis: Any, rows: list[SizeRow]) -> None:
@@ -366,12 +372,14 @@ def draw_scaled(axis: Any, rows: list[SizeRow]) -> None:
         axis.annotate(f"fp16: {text}", (0.01, bound), xycoords=("axes fraction", "data"), va="bottom", fontsize=13)
     tokens_axis(axis, [row.num_tokens for row in rows])
     axis.set(yscale="log", xlabel="tokens N", ylabel="rms entry")
-    axis.set_title(f"d = {D}: no scaling (dashed), the paper's way (solid)", fontsize=16)
+    axis.set_title(f"entries, d = {D}\nno scaling (dashed), the paper's way (solid)", fontsize=16)
 
 
 def draw_ones(axis: Any, rows: list[OnesRow]) -> None:
     """Draw the output's wrong scale in fp16 against N: what the rounded ones column predicts, and what was measured."""
-    low, high = min(row.num_tokens for row in rows), max(row.num_tokens for row in rows)
+    high = max(row.num_tokens for row in rows)
+    rows = [row for row in rows if row.num_tokens >= high / 16]  # before, next to nothing happens
+    low = min(row.num_tokens for row in rows)
     grid = [round(low * (high / low) ** (step / 600)) for step in range(601)]
     for index, D in enumerate(sorted({row.head_dim for row in rows})):
         columns = [numerics.ones_column(N, D) for N in grid]
@@ -392,21 +400,21 @@ def draw_normalisation(axes: Any, rows: list[NormalisationRow]) -> None:
     rows = [row for row in rows if row.head_dim == max(row.head_dim for row in rows)]
     variants = list(dict.fromkeys(row.variant for row in rows))
     panels = {
-        "output": ("rms entry of the output", {"scaled_output": "-", "output": "--"}),
-        "sums": ("mean row sum of the weights", {"denominator": "-"}),
+        "output, with and without sqrt(N/d)": ("rms entry of the output", {"scaled_output": "-", "output": "--"}),
+        "row sums": ("mean row sum of the weights", {"denominator": "-"}),
         "gradients": ("rms entry of the gradient of q", {"gradient_q": "-"}),
     }
-    for axis, (name, (label, fields)) in zip(axes, panels.items()):
+    for axis, (title, (label, fields)) in zip(axes, panels.items()):
         for (index, variant), (field, style) in itertools.product(enumerate(variants), fields.items()):
             own = [row for row in rows if row.variant == variant]
             text = variant + (", no sqrt(N/d)" if style == "--" else "")
             values = [getattr(row, field) for row in own]
             axis.plot([row.num_tokens for row in own], values, style, marker="o", color=f"C{index}", label=text)
-        if name == "sums":
+        if title == "row sums":
             axis.axhline(numerics.FP16_LARGEST, color="black", linestyle=":", label="largest fp16 number")
         tokens_axis(axis, [row.num_tokens for row in rows])
         axis.set(yscale="log", xlabel="tokens N", ylabel=label)
-        axis.set_title(f"q, k with and without normalisation, d = {rows[0].head_dim if rows else 0}", fontsize=16)
+        axis.set_title(f"{title}, d = {rows[0].head_dim if rows else 0}", fontsize=16)
 
 
 def main() -> int:

@@ -168,36 +168,39 @@ def _draw_times(axis: Any, timings: Sequence[Timing]) -> None:
 
 def draw_training(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Draw top-1 over the order, a line for each initial temperature; a cross at the lower edge stands for diverged runs."""
-    with _figure(output, 1, 1, width=8, height=5.5) as (figure, axes):
+    with _figure(output, 1, 1, width=10, height=6) as (figure, axes):
         axis = axes[0][0]
         temperatures = sorted({row["temperature_init"] for row in rows if row["temperature_init"] is not None})
         for number, temperature in enumerate(temperatures):
-            color = f"C{number}"
-            for attention, marker in (("taylor_order", "o-"), ("taylorshift", "*")):
-                group = [row for row in rows if (row["attention"], row["temperature_init"]) == (attention, temperature)]
-                points = sorted(
-                    (row["order"] or 2, row["top1"], row["top1_deviation"] or 0)
-                    for row in group
-                    if row["runs"] > row["diverged"]
-                )
-                if points:
-                    label = f"{attention}, initial temperature {temperature:g}"
-                    axis.errorbar(*zip(*points), fmt=marker, color=color, markersize=9, capsize=4, label=label)
-                for row in group:
-                    if row["diverged"]:
-                        _mark_diverged(axis, row, color)
+            group = [row for row in rows if row["temperature_init"] == temperature]
+            _draw_trained(axis, group, "taylor_order", {"fmt": "o-", "color": f"C{number}"})
+            _draw_trained(axis, group, "taylorshift", {"fmt": "*", "color": f"C{number}"}, shift=0.1)
+            for row in group:
+                if row["diverged"]:
+                    _mark_diverged(axis, row, f"C{number}", height=0.04 + 0.07 * number)
         for row in rows:
             if row["attention"] == "softmax" and row["top1"] is not None:
                 axis.axhline(row["top1"], color="black", linestyle="--", label="softmax")
-        axis.set(xlabel="Taylor order", ylabel="top-1 [%]")
-        axis.set_xticks(sorted({row["order"] or 2 for row in rows}))
-        _legend(figure, axes)
+        axis.set(xlabel="Taylor order", ylabel="top-1 [%]", xticks=sorted({row["order"] or 2 for row in rows}))
+        axis.margins(x=0.15, y=0.25)
+        _legend(figure, axes, columns=2)
 
 
-def _mark_diverged(axis: Any, row: dict[str, Any], color: str) -> None:
-    edge = axis.get_xaxis_transform()
-    axis.plot(row["order"] or 2, 0.04, marker="x", markersize=12, markeredgewidth=3, color=color, transform=edge)
-    axis.text((row["order"] or 2) + 0.06, 0.02, f"{row['diverged']} of {row['runs']} diverged", color=color, transform=edge)
+def _draw_trained(axis: Any, rows: Sequence[dict[str, Any]], attention: str, style: dict[str, Any], shift: float = 0.0) -> None:
+    points = sorted(
+        ((row["order"] or 2) + shift, row["top1"], row["top1_deviation"] or 0)
+        for row in rows
+        if row["attention"] == attention and row["top1"] is not None
+    )
+    if points:
+        label = f"{attention}, temperature from {rows[0]['temperature_init']:g}"
+        axis.errorbar(*zip(*points), markersize=10, capsize=4, label=label, **style)
+
+
+def _mark_diverged(axis: Any, row: dict[str, Any], color: str, height: float) -> None:
+    edge, order, text = axis.get_xaxis_transform(), row["order"] or 2, f"{row['diverged']} of {row['runs']} diverged"
+    axis.plot(order, height, marker="x", markersize=10, markeredgewidth=3, color=color, transform=edge)
+    axis.text(order + 0.06, height - 0.02, text, color=color, transform=edge)
 
 
 @contextmanager
@@ -218,9 +221,11 @@ def _figure(
         plt.close(figure)
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def _legend(figure: Any, axes: Any, *, columns: int = 4) -> None:
     handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4), fontsize="medium")
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), columns), fontsize="medium"
+    )
 
 
 def _style(order: int) -> dict[str, Any]:

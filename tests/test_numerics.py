@@ -115,6 +115,11 @@ def test_the_state_and_the_squares_agree_where_all_cosines_are_one(monkeypatch: 
     assert sizes[numerics.STATE].largest == 50
 
 
+def test_longer_sequences_than_are_measured_have_no_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "MOST_SIZE_TOKENS", 63)
+    assert numerics.size_rows(Case(1, 1, 64, 2, "float64"), "none", "normal") == []
+
+
 def test_exponents_are_found_and_not_invented() -> None:
     points = [(N, d, 3 * N**1.5 / d) for N in (10, 100, 1000) for d in (2, 8)]
     assert numerics.fit_exponents(points) == pytest.approx((1.5, -1.0))

@@ -267,7 +267,7 @@ def _relative_rms(got: Tensor, exact: Tensor) -> float:
 def size_rows(case: Case, scaling: str, values: str) -> list[SizeRow]:
     """Measure the intermediates of both forms on unit vectors q, k and values that are standard normal or unit vectors.
 
-    None above MOST_SIZE_TOKENS.
+    Returns no row above MOST_SIZE_TOKENS.
     """
     N, D = case.num_tokens, case.head_dim
     if N > MOST_SIZE_TOKENS:

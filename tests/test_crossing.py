@@ -78,6 +78,12 @@ def test_the_interval_is_the_same_every_time_and_within_the_range() -> None:
     assert confidence(points, fewest=105, most=115) == pytest.approx((105, 115))
 
 
+@pytest.mark.parametrize(("gains", "end"), [((0.3, 0.1), 50), ((-0.1, -0.3), 400)])
+def test_a_line_that_falls_puts_the_crossing_at_the_end_of_the_loser(gains: tuple[float, float], end: int) -> None:
+    points = [Point(num_tokens, 3 * (gain,)) for num_tokens, gain in zip((100, 120), gains)]
+    assert confidence(points, fewest=50, most=400) == pytest.approx((end, end))
+
+
 def test_far_points_have_no_say() -> None:
     def bent(num_tokens: int) -> list[float]:
         return 3 * [num_tokens / 500 if num_tokens > 250 else 0.1]
@@ -201,6 +207,7 @@ def test_the_picture_has_a_panel_for_each_quantity(tmp_path: Path) -> None:
     rows = [
         row(num_tokens=500.0, low=450.0, high=600.0),
         row(impl="reference", num_tokens=500.0, low=510.0, high=600.0),  # the line's zero may lie outside of its interval
+        row(impl="cpu", num_tokens=500.0, low=400.0, high=490.0),
         row(impl="paper", status="rival ahead", last_tokens=4000),
         row(rival="direct", status="efficient ahead", first_tokens=16),
         row(rival="sdpa_math", status="wrong"),

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from taylorvit.config import DataConfig
 from taylorvit.data.samples import FashionMnist, prepare_digits
+from taylorvit.data.source import Source
 from taylorvit.data.subset import Subset, parse_split
 from taylorvit.data.tables import StringTable
 from taylorvit.data.webdataset import IMAGE_SUFFIXES, build_shard_source, build_tar_source
@@ -35,23 +36,6 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image
 
 class ImageError(ValueError):
     """An image cannot be used; the message names it."""
-
-
-class Source(Protocol):
-    """What a kind of data set provides: encoded or decoded images by number."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> tuple[BinaryIO | Image.Image, int]:
-        """Return image `index`, encoded or decoded, and its label."""
-
-    def name(self, index: int) -> str:
-        """Name image `index` for messages."""
-
-    def identity(self) -> Iterable[bytes]:
-        """Return what tells this set from another, wherever it is stored: sample names and labels."""
 
 
 class ImageDataset(Dataset):

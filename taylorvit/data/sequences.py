@@ -8,7 +8,6 @@ token: `pixels/torch/cifar10` is the pixel task of Long Range Arena (arXiv:2011.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,7 @@ from torch.utils.data import Dataset
 
 from taylorvit.config import AugmentConfig, DataConfig, ModelConfig
 from taylorvit.data.images import ImageDataset, ImageError, build_image_dataset
-
-if TYPE_CHECKING:
-    from taylorvit.data.images import Source
+from taylorvit.data.source import Source
 
 PIXELS = "pixels/"
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-if TYPE_CHECKING:
-    from taylorvit.data.images import Source
+from taylorvit.data.source import Source
 
 
 def parse_split(split: str) -> tuple[str, tuple[int, int] | None]:

@@ -21,6 +21,7 @@ from taylorvit.studies.model_cost import BestBatch, best_batch_size, enter_memor
 from taylorvit.studies.model_passes import Pass, Settings, build_pass, make_inputs
 
 IMAGES = ModelConfig(num_classes=5, img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+POOLED = dataclasses.replace(IMAGES, kwargs={"global_pool": "avg"})  # no class token, which is nothing but attention
 TOKENS = ModelConfig("taylorvit_sequence", num_classes=3, vocab_size=7, max_length=20, embed_dim=32, depth=1, num_heads=2)
 QUICK = Settings(seconds=0.001, min_rounds=1, threads=1)
 
@@ -84,8 +85,10 @@ def test_the_structure_is_that_of_the_model_that_runs() -> None:
 # The check
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("model", [IMAGES, TOKENS], ids=["images", "tokens"])
+@pytest.mark.parametrize(
+    ("model", "precision"),
+    [(IMAGES, "no"), (IMAGES, "bf16"), (TOKENS, "no"), (TOKENS, "bf16"), (TOKENS, "fp16"), (POOLED, "no")],
+)
 def test_right_logits_pass_and_wrong_ones_do_not(model: ModelConfig, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     candidate = Candidate("a", model, "taylorshift_direct")
     assert check_logits(candidate, precision=precision) == Verdict(True)
@@ -178,7 +181,7 @@ def test_what_does_not_fit_is_marked_and_the_others_go_on() -> None:
     settings = dataclasses.replace(QUICK, memory_limit_bytes=2**27)
     large, small = measure_speed(candidates, {"large": 8192, "small": 1}, training=True, settings=settings)
     assert (large.status, large.seconds, large.num_tokens, large.is_fault) == ("out of memory", None, 17, False)
-    assert (small.status, small.batch_size) == ("ok", 1)
+    assert (small.status, small.batch_size, small.seconds is not None) == ("ok", 1, True)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
@@ -202,7 +205,7 @@ def test_a_candidate_that_fails_is_named_and_the_others_go_on(monkeypatch: pytes
     candidates = [Candidate(name, TOKENS, "softmax") for name in ("fine", "broken")]
     fine, broken = measure_speed(candidates, 1, training=False, settings=QUICK)
     assert (broken.status, broken.note) == ("failed", "NotImplementedError: no such kernel")
-    assert (fine.status, fine.speedup) == ("ok", None)
+    assert (fine.status, fine.seconds is not None, fine.speedup) == ("ok", True, None)
 
 
 def test_models_that_take_other_inputs_are_not_compared() -> None:

@@ -2,7 +2,7 @@
 
     python tools/bench_model.py --img_size 224 384 512 1024 --pass inference training
     python tools/bench_model.py --model taylorvit_tiny_patch16_224 --attention taylorshift softmax softmax_unfused --memory
-    python tools/bench_model.py --config configs/imagenet_*_tiny.yaml --pass training --batch_size 1 best
+    python tools/bench_model.py --config configs/imagenet_taylorvit_tiny.yaml configs/imagenet_softmax_tiny.yaml --memory
 
 `inference` is the forward pass without gradients, `training` the forward pass, the loss and the backward pass; the optimizer's
 step, the same for all, is not in it. All candidates that take the same inputs run in one process in interleaved rounds on

@@ -171,7 +171,8 @@ def inspect_model(candidate: Candidate, *, training: bool, device: str) -> Struc
 def check_logits(candidate: Candidate, *, device: str = "cpu", precision: Precision = "no", seed: int = 0) -> Verdict:
     """Compare a TaylorShift candidate's logits of one input with those of the plain reference with the same weights.
 
-    The error against the fp32 reference may be twice that of the reference in this precision, and MAX_LOGIT_ERROR. The forms of
+    The error against the fp32 reference may be twice that of the reference in this precision, and MAX_LOGIT_ERROR: in half
+    precision a fault smaller than its rounding is not seen. The forms of
     the forward pass alone and of a training step are both checked where they differ. LayerScale and temperatures are set to
     values that let the attention matter, as freshly drawn weights hide it. Another attention passes without a check; so does a
     candidate whose reference needs too much memory, with a note.

@@ -29,7 +29,6 @@ from taylorvit.studies.orders import (
     feature_table,
     largest_weight_error,
     summarise,
-    training_cells,
 )
 from taylorvit.studies.sweep import plan_cells
 
@@ -111,11 +110,13 @@ def test_features() -> None:
 
 
 def test_the_grid_trains_every_order_and_its_twins(tmp_path: Path) -> None:
-    cells = training_cells([1, 4], [1.0, 10.0], [0, 1])
+    arguments = ["--config", str(QUICKSTART), "--order", "1", "4", "--temperature_init", "1", "10", "--seeds", "0", "1"]
+    cells = order_study.cells_of(order_study.build_parser().parse_args([*arguments, "--set", "model.depth=2"]))
     assert len(cells) == 2 * (2 * 3 + 1)
     plans = plan_cells(cells, configs=[QUICKSTART], out=tmp_path)
     found = set()
     for plan in plans:
+        assert plan.config.model.depth == 2
         attention = build_model(plan.config.model, device="meta").blocks[0].attn
         order = attention.order if isinstance(attention, TaylorOrder) else None
         temperature = attention.temperature_init if isinstance(attention, TaylorShift) else None
@@ -195,7 +196,7 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytes
 
     monkeypatch.setattr(order_study, "run_cells", run_cells)
     arguments = ["--part", "training", "--config", str(QUICKSTART), "--order", "2", "3", "--temperature_init", "1", "10"]
-    arguments += ["--seed", "0", "1", "--launcher", "accelerate launch", "--jobs", "2", "--out", str(tmp_path)]
+    arguments += ["--seeds", "0", "1", "--launcher", "accelerate launch", "--jobs", "2", "--out", str(tmp_path)]
     assert run_tool(monkeypatch, order_study.main, *arguments) == 0
     assert given == {"configs": [QUICKSTART], "out": tmp_path, "launcher": ["accelerate", "launch"], "jobs": 2}
     assert "| taylor_order | 2 | 10.0 | 94.00 ± 0.00 | test | 2 | 0 | 1.50 to 1.50 |" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 """Study the Taylor order: how near orders 1 to 6 come to softmax, what they cost, and how they train.
 
     python tools/order_study.py --part approximation cost
-    python tools/order_study.py --part training --config configs/quickstart.yaml --temperature_init 1 10 --seed 0 1 2
+    python tools/order_study.py --part training --config configs/quickstart.yaml --temperature_init 1 10
 
 `approximation` compares the weights of each order with softmax of the same logits, temperature times cosine, for random unit
 vectors (taylorvit/studies/orders.py); no model is involved. `cost` counts features, and times both forms and softmax on one
@@ -18,12 +18,10 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import importlib.util
 import io
 import itertools
 import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,8 +36,10 @@ from taylorvit.ops.orders import ORDERS
 from taylorvit.provenance import provenance
 from taylorvit.run_folder import replace_file
 from taylorvit.studies import order_report
+from taylorvit.studies.options import add_sweep_options, need_matplotlib, settings_of
 from taylorvit.studies.orders import (
     KEYS,
+    TRAINED,
     Approximation,
     Timing,
     approximate,
@@ -56,6 +56,7 @@ TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 14.0, 20.0)
 def build_parser() -> argparse.ArgumentParser:
     """Return the command line; what is None is each part's own choice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_sweep_options(parser, out="results/order_study", config_required=False)
     add = parser.add_argument
     add("--part", dest="parts", choices=PARTS, nargs="+", default=["approximation", "cost"])
     add("--order", type=int, choices=ORDERS, nargs="+", help="default: all; 2 4 to time; 1 2 3 4 to train")
@@ -63,13 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_tokens", type=positive_int, nargs="+", metavar="N", help="default: 256; 256 1024 4096 to time")
     add("--temperature", type=positive_float, nargs="+", default=TEMPERATURES, metavar="T", help="of the approximation")
     add("--seconds", type=positive_float, default=1.0, help="time for each candidate in each case (default: %(default)s)")
-    add("--config", type=Path, nargs="+", metavar="FILE", help="of the training; later files win")
     add("--temperature_init", type=positive_float, nargs="+", default=[1.0], metavar="T", help="of the training (default: 1)")
-    add("--seed", type=int, nargs="+", default=[0], help="of the training (default: 0)")
-    add("--launcher", default=sys.executable, help='what starts train.py, such as "accelerate launch" (default: python)')
-    add("--jobs", type=positive_int, default=1, help="trainings at the same time (default: %(default)s)")
     add("--threads", type=positive_int, help="of PyTorch, not of the trainings (default: its own choice)")
-    add("--out", type=Path, default=Path("results/order_study"), metavar="FOLDER")
     return parser
 
 
@@ -103,8 +99,9 @@ def study_cost(options: argparse.Namespace) -> None:
 
 def study_training(options: argparse.Namespace) -> None:
     """Train what has not been trained yet, and compare."""
-    launcher = shlex.split(options.launcher)
-    results = run_cells(cells_of(options), configs=options.config, out=options.out, launcher=launcher, jobs=options.jobs)
+    results = run_cells(
+        cells_of(options), configs=options.config, out=options.out, launcher=options.launcher, jobs=options.jobs
+    )
     rows = summarise(results)
     files = Files(options, "training")
     cells = [{key: value for key, value in result.items() if key != "config"} for result in results]
@@ -121,8 +118,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 def cells_of(options: argparse.Namespace) -> list[Cell]:
     """Return the trainings that are asked for."""
-    orders, temperatures, seeds = options.order or (1, 2, 3, 4), options.temperature_init, options.seed
-    return training_cells(*(list(dict.fromkeys(values)) for values in (orders, temperatures, seeds)))
+    orders, temperatures, seeds = options.order or (1, 2, 3, 4), options.temperature_init, options.seeds
+    grid = (list(dict.fromkeys(values)) for values in (orders, temperatures, seeds))
+    return training_cells(*grid, shared={name: settings_of(options, name) for name in TRAINED})
 
 
 class Files:
@@ -164,8 +162,7 @@ def _finite(value: Any) -> Any:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for what argparse lets through, for an unwritable folder, and for a training that cannot start."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("the pictures need matplotlib: pip install -r requirements-dev.txt")
+    need_matplotlib()
     if "training" in options.parts and not options.config:
         raise ValueError("--part training needs --config: which model is to be trained?")
     make_folder(options.out)

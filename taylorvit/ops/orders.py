@@ -37,8 +37,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .reference import _widened, unit_vectors
-from .taylor_attention import _apply_autocast, _check_inputs, _check_key_mask, _without_autocast
+from .reference import unit_vectors, widened
+from .taylor_attention import apply_autocast, check_inputs, check_key_mask, without_autocast
 
 ORDERS = (1, 2, 3, 4, 5, 6)
 FORMS = ("direct", "efficient")
@@ -63,12 +63,12 @@ def order_attention(
         ValueError: order or form is unknown, the efficient form has too many features, or as in `taylor_attention`.
     """
     check_form(form)
-    q, k, v = _apply_autocast(q, k, v)
-    _check_inputs(q, k, v, temperature)
+    q, k, v = apply_autocast(q, k, v)
+    check_inputs(q, k, v, temperature)
     if key_mask is not None:
-        _check_key_mask(key_mask, q)
+        check_key_mask(key_mask, q)
     function = direct if form == "direct" else efficient
-    return _without_autocast(functools.partial(function, order=order, key_mask=key_mask), q, k, v, temperature)
+    return without_autocast(functools.partial(function, order=order, key_mask=key_mask), q, k, v, temperature)
 
 
 def order_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, order: int, key_mask: Tensor | None = None) -> Tensor:
@@ -76,11 +76,11 @@ def order_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, order:
 
     The attention is `output_scale` times this matrix times v.
     """
-    q, k = _apply_autocast(q, k)
-    _check_inputs(q, k, k, temperature)
+    q, k = apply_autocast(q, k)
+    check_inputs(q, k, k, temperature)
     if key_mask is not None:
-        _check_key_mask(key_mask, q)
-    w = _without_autocast(functools.partial(weights, order=order, key_mask=key_mask), q, k, temperature)
+        check_key_mask(key_mask, q)
+    w = without_autocast(functools.partial(weights, order=order, key_mask=key_mask), q, k, temperature)
     return w / w.sum(dim=-1, keepdim=True)
 
 
@@ -96,7 +96,7 @@ def taylor_polynomial(x: Tensor, order: int) -> Tensor:
 def weights(q: Tensor, k: Tensor, temperature: Tensor, order: int, key_mask: Tensor | None = None) -> Tensor:
     """Return w(x_ij), 0 for keys left out, not yet divided by the row sums: (B, H, N, N) in fp32 (fp64 for fp64 inputs)."""
     check_order(order)
-    q, k, temperature = _widened(q, k, temperature)
+    q, k, temperature = widened(q, k, temperature)
     x = temperature[:, None, None] * unit_vectors(q) @ unit_vectors(k).mT  # (B, H, N, N)
     w = taylor_polynomial(x, order)
     return w if key_mask is None else w * key_mask[:, None, None, :]
@@ -123,7 +123,7 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, order: int, 
     """
     D = v.shape[-1]
     check_features(D, order)
-    q, k, values, temperature = _widened(q, k, v, temperature)
+    q, k, values, temperature = widened(q, k, v, temperature)
     q = temperature[:, None, None] * unit_vectors(q)
     k = unit_vectors(k)
     values = torch.cat([torch.ones_like(values[..., :1]), values], dim=-1)  # V' = [1, V]: (B, H, N, D + 1)

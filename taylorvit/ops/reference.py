@@ -41,7 +41,7 @@ def unit_vectors(x: Tensor) -> Tensor:
 
 def taylor_weights(q: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
     """Return w(x_ij), not yet divided by the row sums: (B, H, N, N) in fp32 (fp64 for fp64 inputs)."""
-    q, k, temperature = _widened(q, k, temperature)
+    q, k, temperature = widened(q, k, temperature)
     x = temperature[:, None, None] * unit_vectors(q) @ unit_vectors(k).mT  # (B, H, N, N)
     return A * x.square() + B * x + C
 
@@ -64,7 +64,7 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     Uses (q . k)^2 = [q]2 . [k]2 with the box product [x]2, all D^2 products x_a x_b. Arguments and result as in `direct`.
     """
     N, D = v.shape[-2:]
-    q, k, values, temperature = _widened(q, k, v, temperature)
+    q, k, values, temperature = widened(q, k, v, temperature)
     q = temperature[:, None, None] * unit_vectors(q)
     k = unit_vectors(k)
     values = torch.cat([torch.ones_like(values[..., :1]), values], dim=-1)  # V' = [1, V]: (B, H, N, D + 1)
@@ -84,7 +84,7 @@ def box(x: Tensor) -> Tensor:
     return (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
 
 
-def _widened(q: Tensor, *others: Tensor) -> list[Tensor]:
+def widened(q: Tensor, *others: Tensor) -> list[Tensor]:
     """Convert all to the dtype of the sums: fp64 where q is fp64, else fp32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     return [x.to(dtype) for x in (q, *others)]

@@ -67,8 +67,8 @@ def taylor_attention(
     Raises:
         ValueError: shapes, dtypes or devices do not agree, D = 0, form or impl is unknown, impl lacks the form or the device.
     """
-    q, k, v = _apply_autocast(q, k, v)
-    _check_inputs(q, k, v, temperature)
+    q, k, v = apply_autocast(q, k, v)
+    check_inputs(q, k, v, temperature)
     num_tokens, head_dim = q.shape[-2:]
     training = wants_gradient(q, k, v, temperature)
     impl = resolve_impl(q.device.type, impl)
@@ -79,9 +79,9 @@ def taylor_attention(
     if not torch.compiler.is_compiling():  # a compiled graph can neither log nor look a number up that it does not know
         _log_choice_once(form, impl, num_tokens, head_dim)
     if key_mask is None:
-        return _without_autocast(forms[form], q, k, v, temperature)
-    _check_key_mask(key_mask, q)
-    return _without_autocast(functools.partial(attend_to_some, forms[form]), q, k, v, temperature, key_mask)
+        return without_autocast(forms[form], q, k, v, temperature)
+    check_key_mask(key_mask, q)
+    return without_autocast(functools.partial(attend_to_some, forms[form]), q, k, v, temperature, key_mask)
 
 
 def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
@@ -90,11 +90,11 @@ def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, key_m
     The attention itself is sqrt(N / D) times this matrix times v, where N does not count the keys that are left out. Arguments
     and errors as in `taylor_attention`.
     """
-    q, k = _apply_autocast(q, k)
-    _check_inputs(q, k, k, temperature)
-    w = _without_autocast(reference.taylor_weights, q, k, temperature)
+    q, k = apply_autocast(q, k)
+    check_inputs(q, k, k, temperature)
+    w = without_autocast(reference.taylor_weights, q, k, temperature)
     if key_mask is not None:
-        _check_key_mask(key_mask, q)
+        check_key_mask(key_mask, q)
         w = w * key_mask[:, None, None, :]
     return w / w.sum(dim=-1, keepdim=True)
 
@@ -159,7 +159,7 @@ def _log_choice_once(form: str, impl: str, num_tokens: int, head_dim: int) -> No
     logger.info("taylor_attention: form %s, impl %s for %d tokens of head dimension %d", form, impl, num_tokens, head_dim)
 
 
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.shape[-1] == 0:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"q, k and v must have one shape (B, H, N, D) with D > 0, got {shapes}")
@@ -174,7 +174,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> None:
         raise ValueError(f"q, k, v and temperature must be on one device, got {', '.join(map(str, devices))}")
 
 
-def _check_key_mask(key_mask: Tensor, q: Tensor) -> None:
+def check_key_mask(key_mask: Tensor, q: Tensor) -> None:
     B, _, N, _ = q.shape
     if key_mask.shape != (B, N) or key_mask.dtype != torch.bool or key_mask.device != q.device:
         given = f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}"
@@ -189,7 +189,7 @@ def _autocast_enabled(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)  # meta knows no autocast
 
 
-def _apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Convert to the autocast dtype where autocast is on, as PyTorch's own matrix products do."""
     if not _autocast_enabled(tensors[0]):
         return tensors
@@ -197,7 +197,7 @@ def _apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 
-def _without_autocast(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def without_autocast(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Call with autocast off, so that what is fp32 inside stays fp32."""
     if not _autocast_enabled(tensors[0]):
         return function(*tensors)

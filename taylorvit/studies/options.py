@@ -12,10 +12,10 @@ from taylorvit.cli import positive_int
 from taylorvit.config_loading import load_config
 
 
-def add_sweep_options(parser: argparse.ArgumentParser, *, out: str) -> None:
+def add_sweep_options(parser: argparse.ArgumentParser, *, out: str, config_required: bool = True) -> None:
     """Add --config, --set, --seeds, --launcher, --jobs and --out."""
     add = parser.add_argument
-    add("--config", type=Path, nargs="+", required=True, metavar="FILE", help="what all cells share; later files win")
+    add("--config", type=Path, nargs="+", required=config_required, metavar="FILE", help="of all trainings; later files win")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings on top, such as schedule.epochs=10")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     add(

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from taylorvit.studies.sweep import Cell
 Keys = Literal["uniform", "shared"]
 KEYS: tuple[Keys, ...] = ("uniform", "shared")
 NUM_DRAWS = 8  # sets of N queries and N keys
+TRAINED = ("taylorshift", "taylor_order", "softmax")  # attentions that are trained
 GROUP = ("attention", "order", "temperature_init")  # what the runs of one row of the training table have in common
 MAX_ERROR = 1e-5  # of the largest output: fp32 sums over up to some thousand tokens
 
@@ -185,26 +186,27 @@ def _checked_error(name: str, function: Callable[..., Tensor], case: Case, order
     return error
 
 
-def training_cells(orders: Iterable[int], temperatures: Sequence[float], seeds: Iterable[int]) -> list[Cell]:
-    """Return a cell for each order, initial temperature and seed, and the twins with TaylorShift and with softmax."""
+def training_cells(
+    orders: Iterable[int], temperatures: Sequence[float], seeds: Iterable[int], *, shared: Mapping[str, Sequence[str]]
+) -> list[Cell]:
+    """Return a cell for each order, initial temperature and seed, and the twins with TaylorShift and with softmax.
+
+    `shared` holds the arguments of all cells of an attention.
+    """
+
+    def cell(labels: dict[str, Any]) -> Cell:
+        options = {key: labels[key] for key in ("order", "temperature_init") if key in labels}
+        own = f"--model.attention_options={json.dumps(options)}", f"--seed={labels['seed']}"
+        return Cell(labels, (*shared[labels["attention"]], *own))
+
     cells = []
     for seed in seeds:
         for temperature in temperatures:
             labels = {"temperature_init": temperature, "seed": seed}
-            cells.append(_cell({"attention": "taylorshift", **labels}))
-            cells += [_cell({"attention": "taylor_order", "order": order, **labels}) for order in orders]
-        cells.append(_cell({"attention": "softmax", "seed": seed}))
+            cells.append(cell({"attention": "taylorshift", **labels}))
+            cells += [cell({"attention": "taylor_order", "order": order, **labels}) for order in orders]
+        cells.append(cell({"attention": "softmax", "seed": seed}))
     return cells
-
-
-def _cell(labels: dict[str, Any]) -> Cell:
-    options = {key: labels[key] for key in ("order", "temperature_init") if key in labels}
-    arguments = (
-        f"--model.attention={labels['attention']}",
-        f"--model.attention_options={json.dumps(options)}",
-        f"--seed={labels['seed']}",
-    )
-    return Cell(labels, arguments)
 
 
 def summarise(results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

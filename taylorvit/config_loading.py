@@ -127,7 +127,8 @@ def _check_combinations(config: Config) -> None:
     if config.model.attention == "softmax":
         for key, off in (("decay_temperature", False), ("temperature_lr_scale", 1)):
             if (value := getattr(config.optim, key)) != off:
-                raise ValueError(f"optim.{key}: {str(value).lower()} has no effect: model.attention 'softmax' has no temperature")
+                given = f"optim.{key}: {str(value).lower()}"
+                raise ValueError(f"{given} has no effect: model.attention 'softmax' has no temperature")
     if config.train.freeze == "backbone" and config.train.finetune is None:
         raise ValueError("train.freeze: 'backbone' would train a classifier on random features; set train.finetune")
 

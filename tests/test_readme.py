@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import itertools
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import ROOT
@@ -70,13 +73,27 @@ def test_eval_commands_are_accepted(command: str) -> None:
     assert options["checkpoints"]
 
 
+def load_program(file: Path) -> ModuleType:
+    """Import a program by its path."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if not re.search(r"train\.py|eval\.py", command)])
 def test_other_commands_name_what_exists(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif words[1] == "-m":
+        importlib.import_module(words[2]).build_parser().parse_args(words[3:])
     else:
-        assert (ROOT / words[1]).is_file()
+        program = load_program(ROOT / words[1])
+        if hasattr(program, "build_parser"):
+            program.build_parser().parse_args(words[2:])
 
 
 def test_the_python_examples_run() -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from taylorvit.benchmark.case import Case
 from taylorvit.ops import IMPLEMENTATIONS, reference
-from taylorvit.studies import numerics
+from taylorvit.studies import numerics, numerics_sizes
+from taylorvit.studies.numerics_normalisation import normalisation_rows
+from taylorvit.studies.numerics_report import error_table
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -66,14 +68,14 @@ def test_what_is_not_finite_is_counted_and_has_no_error(monkeypatch: pytest.Monk
     output, gradient = rows["output"], rows["gradient of v"]
     assert (output.num_nan, output.num_inf, output.rms, output.largest) == (2, 4, None, None)  # two seeds
     assert (gradient.num_nan, gradient.rms is not None) == (0, True)
-    assert "**NaN/Inf in 1 of 1**" in tool.error_table(list(rows.values()), ("dtype", "tensor"))
+    assert "**NaN/Inf in 1 of 1**" in error_table(list(rows.values()), ("dtype", "tensor"))
 
 
 def test_what_needs_too_much_memory_is_said_to_be_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "MAX_BYTES", 1000)
     rows = list(numerics.error_rows(SMALL, "normal", 1.0, numerics.candidates(["cpu"], "cpu"), 1))
     assert {row.note for row in rows} == {"skipped: needs 0.0 GiB"}
-    assert "skipped" in tool.error_table(rows, ("dtype", "tensor"))
+    assert "skipped" in error_table(rows, ("dtype", "tensor"))
 
 
 def test_candidates() -> None:
@@ -97,41 +99,42 @@ def test_a_form_that_an_implementation_lacks_is_left_out(monkeypatch: pytest.Mon
 def test_scaling_cancels_in_the_output_only() -> None:
     case = Case(1, 1, 300, 4, "float64")
     sizes = {
-        scaling: {row.quantity: row for row in numerics.size_rows(case, scaling, "normal")} for scaling in numerics.SCALINGS
+        scaling: {row.quantity: row for row in numerics_sizes.size_rows(case, scaling, "normal")}
+        for scaling in numerics_sizes.SCALINGS
     }
     assert sizes["paper"]["Y"].norm == pytest.approx(sizes["none"]["Y"].norm, rel=1e-9)
     assert sizes["code"]["Y"].norm == pytest.approx(sizes["none"]["Y"].norm * math.sqrt(300 / 4), rel=1e-9)
     assert sizes["none"]["Y_denom"].norm == pytest.approx(300 * (1 + 1 / 8), rel=0.03)
     assert sizes["paper"]["Y_denom"].norm == pytest.approx(sizes["none"]["Y_denom"].norm * 4 / 300, rel=1e-9)
     assert sizes["code"]["ones"].rms == pytest.approx(math.sqrt(4 / 300) / 300, rel=1e-9)
-    assert sizes["none"][numerics.STATE].norm == pytest.approx(300 / 2, rel=0.1)
+    assert sizes["none"][numerics_sizes.STATE].norm == pytest.approx(300 / 2, rel=0.1)
 
 
 def test_the_state_and_the_squares_agree_where_all_cosines_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "NUM_DRAWS", 1)
-    monkeypatch.setattr(numerics, "KEYS_AT_A_TIME", 7)
-    sizes = {row.quantity: row for row in numerics.size_rows(Case(1, 1, 50, 1, "float64"), "none", "unit")}
-    assert sizes[numerics.STATE].norm == pytest.approx(sizes["(Q K^T)^(.2) V'"].norm, rel=1e-12)
-    assert sizes[numerics.STATE].largest == 50
+    monkeypatch.setattr(numerics_sizes, "NUM_DRAWS", 1)
+    monkeypatch.setattr(numerics_sizes, "KEYS_AT_A_TIME", 7)
+    sizes = {row.quantity: row for row in numerics_sizes.size_rows(Case(1, 1, 50, 1, "float64"), "none", "unit")}
+    assert sizes[numerics_sizes.STATE].norm == pytest.approx(sizes["(Q K^T)^(.2) V'"].norm, rel=1e-12)
+    assert sizes[numerics_sizes.STATE].largest == 50
 
 
 def test_longer_sequences_than_are_measured_have_no_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numerics, "MOST_SIZE_TOKENS", 63)
-    assert numerics.size_rows(Case(1, 1, 64, 2, "float64"), "none", "normal") == []
+    monkeypatch.setattr(numerics_sizes, "MOST_SIZE_TOKENS", 63)
+    assert numerics_sizes.size_rows(Case(1, 1, 64, 2, "float64"), "none", "normal") == []
 
 
 def test_exponents_are_found_and_not_invented() -> None:
     points = [(N, d, 3 * N**1.5 / d) for N in (10, 100, 1000) for d in (2, 8)]
-    assert numerics.fit_exponents(points) == pytest.approx((1.5, -1.0))
-    assert numerics.fit_exponents([point for point in points if point[0] == 10]) is None
+    assert numerics_sizes.fit_exponents(points) == pytest.approx((1.5, -1.0))
+    assert numerics_sizes.fit_exponents([point for point in points if point[0] == 10]) is None
 
 
 def test_claims_are_held_against_sizes_beyond_the_crossing() -> None:
     rows = [
-        numerics.SizeRow("none", "normal", "Y_denom", N, d, 0.5 * N * (2 + 1 / d) if N > 100 else 1.0, 1.0, 1.0)
+        numerics_sizes.SizeRow("none", "normal", "Y_denom", N, d, 0.5 * N * (2 + 1 / d) if N > 100 else 1.0, 1.0, 1.0)
         for N, d in ((20, 8), (200, 8), (2000, 8), (200, 4), (2000, 4))
     ]
-    claims = [row for row in numerics.claim_rows(rows) if row.measure == "norm"]
+    claims = [row for row in numerics_sizes.claim_rows(rows) if row.measure == "norm"]
     assert [(row.quantity, row.values) for row in claims] == [("Y_denom", "normal")]
     assert (claims[0].low, claims[0].high) == pytest.approx((0.5, 0.5))
     assert claims[0].exponents == pytest.approx(claims[0].claimed_exponents)
@@ -139,31 +142,31 @@ def test_claims_are_held_against_sizes_beyond_the_crossing() -> None:
 
 def test_where_a_size_leaves_a_range() -> None:
     falling = [(64, 8 / 64), (16, 1.0), (256, 8 / 256)]  # only the last two lie on 8 / N
-    assert numerics.reach(falling, 2.0**-14, -1) == pytest.approx(8 * 2**14)
-    assert numerics.reach(falling, 65504.0, 1) is None  # moves away
-    assert numerics.reach(falling, 2.0**-25, -1) is None  # beyond MOST_TOKENS
-    assert numerics.reach([(N, 2 * N) for N in (16, 64)], 65504.0, 1) == pytest.approx(32752)
-    assert numerics.reach(falling[:1], 2.0**-14, -1) is None
+    assert numerics_sizes.reach(falling, 2.0**-14, -1) == pytest.approx(8 * 2**14)
+    assert numerics_sizes.reach(falling, 65504.0, 1) is None  # moves away
+    assert numerics_sizes.reach(falling, 2.0**-25, -1) is None  # beyond MOST_TOKENS
+    assert numerics_sizes.reach([(N, 2 * N) for N in (16, 64)], 65504.0, 1) == pytest.approx(32752)
+    assert numerics_sizes.reach(falling[:1], 2.0**-14, -1) is None
 
 
 def test_the_ones_column_of_the_papers_way_rounds_in_fp16() -> None:
-    exact, column = numerics.ones_column(65536, 32)
+    exact, column = numerics_sizes.ones_column(65536, 32)
     assert exact / column - 1 == pytest.approx(-0.0572, abs=1e-4)
-    row = numerics.ones_row(Case(1, 1, 65536, 8, "float16"))
+    row = numerics_sizes.ones_row(Case(1, 1, 65536, 8, "float16"))
     assert (row.expected, row.measured) == (pytest.approx(-0.0572, abs=1e-4), pytest.approx(-0.0572, abs=5e-4))
     assert row.num_nan + row.num_inf == 0
 
 
 def test_the_ones_column_of_the_papers_way_vanishes_in_fp16() -> None:
-    assert numerics.ones_column(262144, 16)[1] == 0
-    lost = numerics.ones_row(Case(1, 1, 131072, 2, "float16"))
+    assert numerics_sizes.ones_column(262144, 16)[1] == 0
+    lost = numerics_sizes.ones_row(Case(1, 1, 131072, 2, "float16"))
     assert (lost.column, lost.expected, lost.measured) == (0.0, None, None)
     assert lost.num_nan + lost.num_inf == lost.num_entries
-    assert numerics.ones_row(Case(1, 1, 262144, 64, "float16")).num_entries == 0  # too large, said so
+    assert numerics_sizes.ones_row(Case(1, 1, 262144, 64, "float16")).num_entries == 0  # too large, said so
 
 
 def test_normalisation_rows_are_those_of_the_operation() -> None:
-    rows = {row.variant: row for row in numerics.normalisation_rows(Case(1, 1, 40, 4, "float64"), seed=3)}
+    rows = {row.variant: row for row in normalisation_rows(Case(1, 1, 40, 4, "float64"), seed=3)}
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(1, 1, 40, 4, generator=generator, dtype=torch.float64) for _ in range(3))
     y = reference.direct(q, k, v, torch.ones(1, dtype=torch.float64))
@@ -175,7 +178,7 @@ def test_normalisation_rows_are_those_of_the_operation() -> None:
 
 
 def test_overflow_without_normalisation_is_seen() -> None:
-    rows = {row.variant: row for row in numerics.normalisation_rows(Case(1, 1, 1024, 128, "float64"), seed=0)}
+    rows = {row.variant: row for row in normalisation_rows(Case(1, 1, 1024, 128, "float64"), seed=0)}
     assert rows["normalised"].zero_rows == rows["normalised"].non_finite == 0
     assert rows["not normalised, x 1"].zero_rows > 0.3  # row sums beyond 65504: all weights become 0, silently
     assert rows["not normalised, x 4"].non_finite > 0.9

@@ -88,12 +88,13 @@ def test_other_commands_name_what_exists(command: str) -> None:
     words = shlex.split(command)
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    elif words[1] == "-m":
+        return
+    if words[1] == "-m":
         importlib.import_module(words[2]).build_parser().parse_args(words[3:])
-    else:
-        program = load_program(ROOT / words[1])
-        if hasattr(program, "build_parser"):
-            program.build_parser().parse_args(words[2:])
+        return
+    assert (ROOT / words[1]).is_file()
+    if words[1].endswith(".py") and hasattr(program := load_program(ROOT / words[1]), "build_parser"):
+        program.build_parser().parse_args(words[2:])
 
 
 def test_the_python_examples_run() -> None:

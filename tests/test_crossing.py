@@ -12,7 +12,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from taylorvit.benchmark.crossing import Crossing, OutOfReach, Point, Row, confidence, draw, find_crossing, markdown_table
+from taylorvit.benchmark.crossing import Crossing, OutOfReach, Point, confidence, find_crossing
+from taylorvit.benchmark.crossing_report import Row, draw, markdown_table
 from taylorvit.complexity import flops_crossover, memory_crossover
 
 

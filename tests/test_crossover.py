@@ -21,7 +21,7 @@ import crossover
 
 from taylorvit.benchmark import paper
 from taylorvit.benchmark.check import Verdict
-from taylorvit.benchmark.crossing import Row
+from taylorvit.benchmark.crossing_report import Row
 from taylorvit.benchmark.memory import RESOLUTION, can_measure_on_cpu
 from taylorvit.benchmark.timing import CandidateError, Comparison
 

@@ -212,6 +212,7 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         (["--impl", "fast"], "invalid choice: 'fast'"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--num_tokens", "10000000", "--head_dim", "64"], "--num_tokens 10000000 with --head_dim 64: the fp64 truth needs"),
+        (["--long_tokens", "131072"], "--long_tokens 131072: one must be 65536 or less, beyond it no sizes are measured"),
         (["--out", "README.md/x"], "--out README.md/x cannot be written"),
     ],
 )

@@ -90,7 +90,7 @@ def test_other_commands_name_what_exists(command: str) -> None:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
     if words[1] == "-m":
-        importlib.import_module(words[2]).build_parser().parse_args(words[3:])
+        importlib.import_module(f"{words[2]}.__main__").build_parser().parse_args(words[3:])
         return
     assert (ROOT / words[1]).is_file()
     if words[1].endswith(".py") and hasattr(program := load_program(ROOT / words[1]), "build_parser"):

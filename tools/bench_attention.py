@@ -8,7 +8,7 @@ on rotating random inputs; the ratio to `sdpa` is the median of the ratios withi
 faster.
 
 `training` is the forward pass and the gradients of q, k, v and (TaylorShift) the temperature for a random upstream gradient.
-GFLOP/s count the algorithm's operations, not the machine's: 4 N^2 D for softmax, the formulas of taylorvit/complexity.py for
+GFLOP/s count the algorithm's operations, not the machine's: 4 N^2 D for softmax, the formulas of taylorvit/complexity for
 both forms (packed for the implementations that pack), for training 3.5 times that for softmax and direct, 3 times for
 efficient. Peak memory is what was not there before the call, see taylorvit/benchmark/memory.py; on CPU each figure takes a
 fresh process.

@@ -47,7 +47,8 @@ import torch
 from taylorvit.benchmark import memory
 from taylorvit.benchmark.case import DTYPES, Case
 from taylorvit.benchmark.check import check
-from taylorvit.benchmark.crossing import RIVALS, OutOfReach, Row, draw, find_crossing, markdown_table
+from taylorvit.benchmark.crossing import OutOfReach, find_crossing
+from taylorvit.benchmark.crossing_report import RIVALS, Row, draw, markdown_table
 from taylorvit.benchmark.measure import GIB
 from taylorvit.benchmark.peers import Peer, all_peers, prepare_call
 from taylorvit.benchmark.timing import CandidateError, compare

@@ -32,7 +32,7 @@ from taylorvit.studies.numerics import KINDS, ErrorRow
 from taylorvit.studies.numerics_normalisation import normalisation_rows
 from taylorvit.studies.numerics_pictures import draw_pictures
 from taylorvit.studies.numerics_report import Results, markdown, write_files
-from taylorvit.studies.numerics_sizes import SCALINGS
+from taylorvit.studies.numerics_sizes import MOST_SIZE_TOKENS, SCALINGS
 from taylorvit.studies.options import need_matplotlib
 from taylorvit.studies.sweep import make_folder
 
@@ -71,6 +71,9 @@ def check_options(options: argparse.Namespace) -> None:
         if (size := numerics.truth_of(case).needed_bytes(case)) > numerics.MAX_BYTES:
             need = f"the fp64 truth needs {size / 2**30:.3g} GiB, allowed are {numerics.MAX_BYTES / 2**30:g}"
             raise ValueError(f"--num_tokens {num_tokens} with --head_dim {head_dim}: {need}")
+    if min(options.long_tokens) > MOST_SIZE_TOKENS:
+        given = ", ".join(map(str, options.long_tokens))
+        raise ValueError(f"--long_tokens {given}: one must be {MOST_SIZE_TOKENS} or less, beyond it no sizes are measured")
     make_folder(options.out)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from taylorvit.benchmark.check import NAMES
+from taylorvit.run_folder import replace_file
 from taylorvit.studies.numerics import ErrorRow
 from taylorvit.studies.numerics_sizes import ClaimRow
 
@@ -22,12 +24,13 @@ def write_files(results: Results, header: Mapping[str, Any], folder: Path) -> No
     """Write numerics.json (header and all rows), numerics.csv (the errors) and numerics.md (all tables) into the folder."""
     rows = {study: [dataclasses.asdict(row) for row in rows] for study, rows in results.items()}
     content = {**header, **rows}
-    (folder / "numerics.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with (folder / "numerics.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(ErrorRow)])
-        writer.writeheader()
-        writer.writerows({key: _short(value) for key, value in row.items()} for row in rows["errors"])
-    (folder / "numerics.md").write_text(markdown(results), encoding="utf-8")
+    replace_file(folder / "numerics.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [field.name for field in dataclasses.fields(ErrorRow)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _short(value) for key, value in row.items()} for row in rows["errors"])
+    replace_file(folder / "numerics.csv", table.getvalue())
+    replace_file(folder / "numerics.md", markdown(results))
 
 
 def _short(value: Any) -> Any:

@@ -1,15 +1,6 @@
-"""What the attention costs: operations and stored numbers of both forms, and the token counts where one overtakes the other.
+"""Which form for my width, heads and resolution, what does it cost, and where does it switch? The formulas' answer as a table.
 
-The formulas are those of the TaylorShift paper (arXiv:2403.02920, section 4). They count one head with N tokens of head
-dimension d, every multiplication and every addition as one operation, and the largest set of numbers alive at one time as
-memory. With H heads a model of width C has d = C / H; the `*_mhsa` functions sum over the heads.
-
-The efficient form of the paper stores all d^2 products x_a * x_b. As x_a x_b = x_b x_a, d(d + 1)/2 of them are enough; the
-argument `packing` counts an implementation that uses this.
-
-It is a calculator as well: which form for my width, heads and resolution, what does it cost, and where does it switch?
-
-    python -m taylorvit.complexity --embed_dim 384 --num_heads 6 12 24 --img_size 224 512 1024 --depth 12
+python -m taylorvit.complexity --embed_dim 384 --num_heads 6 12 24 --img_size 224 512 1024 --depth 12
 """
 
 from __future__ import annotations
@@ -19,114 +10,14 @@ import json
 import math
 from typing import Any, Literal, get_args
 
-Form = Literal["direct", "efficient"]
-Packing = Literal["none", "symmetric", "circulant"]
+from . import Packing, entries_mhsa, flops_crossover, memory_crossover, ops_mhsa
 
-__path__: list[str] = []  # `python -m` warns of a module that was imported before, unless it has this mark of a package
 MOST = 10**9  # of anything that the command line takes: beyond it square roots leave the range of floats
-
-
-def quadratic_features(head_dim: int, packing: Packing = "none") -> int:
-    """Count the products x_a * x_b that the efficient form holds per token.
-
-    `none` holds all d^2, `symmetric` one of each pair, `circulant` the d // 2 + 1 blocks x * roll(x, delta): whole rows of
-    d numbers, hence aligned for matrix units, at the price of d/2 doubled products where d is even.
-
-    Raises:
-        ValueError: packing is unknown.
-    """
-    if packing == "none":
-        return head_dim**2
-    if packing == "symmetric":
-        return head_dim * (head_dim + 1) // 2
-    if packing == "circulant":
-        return head_dim * (head_dim // 2 + 1)
-    raise ValueError(f"packing must be 'none', 'symmetric' or 'circulant', got {packing!r}")
-
-
-def num_features(head_dim: int, packing: Packing = "none") -> int:
-    """Count all features of a token: quadratic, linear and the constant one."""
-    return quadratic_features(head_dim, packing) + head_dim + 1
-
-
-def ops_direct(num_tokens: int, head_dim: int) -> int:
-    """Count the operations of the direct form for one head: 4 N^2 d + 6 N^2."""
-    return 4 * num_tokens**2 * head_dim + 6 * num_tokens**2
-
-
-def ops_efficient(num_tokens: int, head_dim: int, packing: Packing = "none") -> int:
-    """Count the operations of the efficient form for one head: N (4 d^3 + 10 d^2 + 9 d + 4) without packing."""
-    products = quadratic_features(head_dim, packing)
-    quadratic = 4 * products * (head_dim + 1) + 2 * products  # two contractions with V' (d + 1 columns), two box products
-    linear = 4 * head_dim * (head_dim + 1)
-    rest = 5 * head_dim + 4  # the constant term, the sum of the three terms, the division
-    return num_tokens * (quadratic + linear + rest)
-
-
-def entries_direct(num_tokens: int, head_dim: int) -> int:
-    """Count the numbers the direct form holds at once for one head: d N + 2 N^2."""
-    return head_dim * num_tokens + 2 * num_tokens**2
-
-
-def entries_efficient(num_tokens: int, head_dim: int, packing: Packing = "none") -> int:
-    """Count the numbers the efficient form holds at once for one head: d^2 (d + 1) + 2 d N + (d + 1) N + d^2 N unpacked."""
-    products = quadratic_features(head_dim, packing)
-    state = products * (head_dim + 1)
-    return state + 2 * head_dim * num_tokens + (head_dim + 1) * num_tokens + products * num_tokens
-
-
-def flops_crossover(head_dim: int, packing: Packing = "none") -> float:
-    """Return N0, the token count above which the efficient form takes fewer operations than the direct one."""
-    return ops_efficient(1, head_dim, packing) / (4 * head_dim + 6)
-
-
-def flops_crossover_bound(head_dim: int) -> float:
-    """Return the paper's upper bound of N0 without packing: d^2 + d + 3/4."""
-    return head_dim**2 + head_dim + 0.75
-
-
-def memory_crossover(head_dim: int, packing: Packing = "none") -> float:
-    """Return N1, the token count above which the efficient form holds fewer numbers than the direct one."""
-    products = quadratic_features(head_dim, packing)
-    # The positive root of 2 N^2 - (products + 2 d + 1) N - products (d + 1) = 0.
-    linear = products + 2 * head_dim + 1
-    return (linear + math.sqrt(linear**2 + 8 * products * (head_dim + 1))) / 4
-
-
-def memory_crossover_bound(head_dim: int) -> float:
-    """Return the paper's upper bound of N1 without packing: d^2/2 + 2 d + 1/2."""
-    return head_dim**2 / 2 + 2 * head_dim + 0.5
-
-
-def ops_mhsa(form: Form, num_tokens: int, embed_dim: int, num_heads: int, packing: Packing = "none") -> int:
-    """Count the operations of one attention layer's core, all heads, forward only.
-
-    Use it for model FLOP/s: one training step costs three times the forward pass by the usual convention. The projections
-    around the core (qkv and output) are not in it.
-    """
-    head_dim = _head_dim(embed_dim, num_heads)
-    if form == "direct":
-        return num_heads * ops_direct(num_tokens, head_dim)
-    return num_heads * ops_efficient(num_tokens, head_dim, packing)
-
-
-def entries_mhsa(form: Form, num_tokens: int, embed_dim: int, num_heads: int, packing: Packing = "none") -> int:
-    """Count the numbers one attention layer's core holds at once, all heads."""
-    head_dim = _head_dim(embed_dim, num_heads)
-    if form == "direct":
-        return num_heads * entries_direct(num_tokens, head_dim)
-    return num_heads * entries_efficient(num_tokens, head_dim, packing)
-
-
-def _head_dim(embed_dim: int, num_heads: int) -> int:
-    if num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
-    return embed_dim // num_heads
 
 
 def switch_points(embed_dim: int, num_heads: int) -> dict[str, Any]:
     """Return d, N0 and N1 of every packing, as JSON types."""
-    head_dim = _head_dim(embed_dim, num_heads)
+    head_dim = embed_dim // num_heads
     packings: tuple[Packing, ...] = get_args(Packing)
     return {
         "num_heads": num_heads,
@@ -142,7 +33,7 @@ def attention_costs(embed_dim: int, num_heads: int, num_tokens: int, depth: int 
     `operations` are of one forward pass through all layers, `entries` the numbers that one layer holds at once: the next layer
     has the same memory. `cheaper` names the form with less of either, direct where they are equal, by packing.
     """
-    result: dict[str, Any] = {"num_heads": num_heads, "head_dim": _head_dim(embed_dim, num_heads)}
+    result: dict[str, Any] = {"num_heads": num_heads, "head_dim": embed_dim // num_heads}
     result |= {"num_tokens": num_tokens, "depth": depth, "operations": {}, "entries": {}, "cheaper": {}}
     for quantity, count, layers in (("operations", ops_mhsa, depth), ("entries", entries_mhsa, 1)):
         direct = layers * count("direct", num_tokens, embed_dim, num_heads)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import sys
 from collections.abc import Callable
 
 NON_FINITE_EXIT_CODE = 5
+MOST = 10**9  # of any number on the command line of a tool
+MOST_THREADS = 1024
 
 
 def run_program(main: Callable[[], int]) -> None:
@@ -39,10 +42,25 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+def need_matplotlib() -> None:
+    """Raise ValueError, before any work, if a picture cannot be drawn."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
+
+
 def positive_int(text: str) -> int:
-    """Read a whole number above 0 from the command line."""
+    """Read a whole number above 0 from the command line; beyond MOST, sizes leave the range of what can be addressed."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"a whole number above 0 is needed, got {text!r}")
+    if int(text) > MOST:
+        raise argparse.ArgumentTypeError(f"at most {MOST:,} is possible, got {text!r}")
+    return int(text)
+
+
+def thread_count(text: str) -> int:
+    """Read a number of threads, at most MOST_THREADS, from the command line."""
+    if positive_int(text) > MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"at most {MOST_THREADS} threads are possible, got {text!r}")
     return int(text)
 
 
@@ -54,4 +72,6 @@ def positive_float(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text!r}")
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"at most {MOST:,} is possible, got {text!r}")
     return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import head_ablation
 from taylorvit.complexity import memory_crossover, ops_mhsa
 from taylorvit.config import ModelConfig
 from taylorvit.studies import head_count, model_cost
-from taylorvit.studies.head_count import Measuring, measure_head_counts, theory
+from taylorvit.studies.head_count import Measuring, check_measured, measure_head_counts, theory
 from taylorvit.studies.model_passes import Settings
 from taylorvit.studies.sweep import Cell
 
@@ -58,18 +59,26 @@ def test_both_forms_and_softmax_are_measured_once(tmp_path: Path, memory: list[t
     assert all(row["samples_per_second"] > 0 and row["best_samples_per_second"] > 0 for row in rows)
     assert {row["best_batch_size"] for row in rows} <= {1, 2, 4}
     assert {row["peak_bytes"] for row in rows} == {2**20}
-    assert set(memory) == {(attention, 2) for attention in ("taylorshift_direct", "taylorshift_efficient", "softmax")}
+    assert {row["best_peak_bytes"] for row in rows} == {2**20}
+    attentions = ("taylorshift_direct", "taylorshift_efficient", "softmax")
+    assert {(attention, 2) for attention in attentions} <= set(memory)
     again = measure_head_counts(MODEL, [1, 8], QUICK, tmp_path)
     assert again == rows
-    assert len(memory) == 6
+    assert len(memory) == 2 * 6
     measure_head_counts(MODEL, [8, 2], QUICK, tmp_path)
-    assert len(memory) == 9
+    assert len(memory) == 2 * 9
 
 
 def test_a_measurement_with_other_settings_is_refused(tmp_path: Path) -> None:
     measure_head_counts(MODEL, [1], QUICK, tmp_path)
-    with pytest.raises(ValueError, match=r"num_heads-1.json was measured with another model or other settings"):
-        measure_head_counts(MODEL, [1], Measuring(QUICK.settings, batch_size=3, most=4), tmp_path)
+    with pytest.raises(ValueError, match=r"num_heads-1.json was measured with other settings: measuring.batch_size 2 -> 3;"):
+        check_measured(MODEL, [1, 2], Measuring(QUICK.settings, batch_size=3, most=4), tmp_path)
+    with pytest.raises(ValueError, match=r"other settings: model.depth 2 -> 1;"):
+        measure_head_counts(dataclasses.replace(MODEL, depth=1), [1], QUICK, tmp_path)
+    check_measured(MODEL, [1, 2], QUICK, tmp_path)
+    (tmp_path / "num_heads-1.json").write_text("{")
+    with pytest.raises(ValueError, match=r"num_heads-1.json: it is not a measurement"):
+        check_measured(MODEL, [1], QUICK, tmp_path)
 
 
 def fake_results(cells: list[Cell], **_: Any) -> list[dict[str, Any]]:
@@ -83,7 +92,20 @@ def fake_results(cells: list[Cell], **_: Any) -> list[dict[str, Any]]:
 
 def test_a_whole_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(head_ablation, "run_cells", fake_results)
-    arguments = ["--config", DIGITS, "--num_heads", "2", "8", "--seeds", "0", "1", "--seconds", "0.001", "--most", "2"]
+    arguments = [
+        "--config",
+        DIGITS,
+        "--num_heads",
+        "2",
+        "8",
+        "--seeds",
+        "0",
+        "1",
+        "--seconds",
+        "0.001",
+        "--max_batch_size",
+        "2",
+    ]
     arguments += ["--set", "model.depth=1", "--batch_size", "2", "--out", str(tmp_path)]
     assert run_tool(monkeypatch, head_ablation.main, *arguments) == 0
     printed = capsys.readouterr().out
@@ -103,7 +125,7 @@ def test_a_whole_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
 def test_measuring_alone_trains_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(head_ablation, "run_cells", lambda *_, **__: pytest.fail("it trains"))
     config = str(ROOT / "configs" / "imagenet_taylorvit_tiny.yaml")
-    small = ["--set", "model.depth=1", "model.embed_dim=24", "model.img_size=32", "--seconds", "0.001", "--most", "1"]
+    small = ["--set", "model.depth=1", "model.embed_dim=24", "model.img_size=32", "--seconds", "0.001", "--max_batch_size", "1"]
     arguments = ["--config", config, "--num_heads", "2", *small, "--measure_only", "--batch_size", "1", "--out", str(tmp_path)]
     assert run_tool(monkeypatch, head_ablation.main, *arguments) == 0
     assert json.loads((tmp_path / "head_ablation.json").read_text())["accuracies"] == []
@@ -127,6 +149,9 @@ def test_cells_are_every_combination() -> None:
         (["--num_heads"], "expected at least one argument"),
         (["--num_heads", "0"], "a whole number above 0 is needed, got '0'"),
         (["--num_heads", "2", "--attention", "sofmax"], "invalid choice: 'sofmax'"),
+        (["--num_heads", "2", "--set", "model.attention=softmax"], "--set model.attention=softmax: this study sets"),
+        (["--num_heads", "2", "--launcher", "no-such-program x"], "there is no program 'no-such-program'"),
+        (["--num_heads", "2", "--threads", "1000000"], "at most 1024 threads are possible, got '1000000'"),
         (["--num_heads", "2", "--set", "model.dept=1"], "unknown key 'model.dept'; did you mean 'model.depth'"),
         (["--num_heads", "2", "--config", "no.yaml"], "no.yaml: No such file or directory"),
         (["--num_heads", "2", "--out", "/proc/study"], "--out /proc/study cannot be written"),

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import numerics as tool
 
 SMALL = Case(1, 1, 48, 4, "float16", True)
-TINY = ["--num_tokens", "16", "32", "--head_dim", "2", "4", "--long_tokens", "64", "128", "--seeds", "1"]
+TINY = ["--num_tokens", "16", "32", "--head_dim", "2", "4", "--long_tokens", "64", "128", "--draws", "1"]
 
 
 def errors_of(
@@ -208,7 +208,7 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
         (["--num_tokens"], "expected at least one argument"),
         (["--head_dim", "-4"], "a whole number above 0 is needed, got '-4'"),
         (["--temperature", "nan"], "a number above 0 is needed, got 'nan'"),
-        (["--seeds", "0"], "a whole number above 0 is needed, got '0'"),
+        (["--draws", "0"], "a whole number above 0 is needed, got '0'"),
         (["--impl", "fast"], "invalid choice: 'fast'"),
         (["--dtype", "float8"], "invalid choice: 'float8'"),
         (["--num_tokens", "10000000", "--head_dim", "64"], "--num_tokens 10000000 with --head_dim 64: the fp64 truth needs"),

@@ -15,9 +15,10 @@ from helpers import ROOT
 
 from taylorvit.config_loading import load_config
 from taylorvit.run_folder import RunFolder
-from taylorvit.studies import sweep
+from taylorvit.studies import sweep, trainings
 from taylorvit.studies.results import best_row, mean_and_spread, summarise, write_results
-from taylorvit.studies.sweep import Cell, StudyStopped, plan_cells, run_cells
+from taylorvit.studies.sweep import Cell, plan_cells, run_cells
+from taylorvit.studies.trainings import StudyStopped, environment
 
 CONFIG = ROOT / "configs" / "digits_pixels.yaml"
 # A stand-in for train.py: notes its call, and ends as the seed says, 0 finished, else with that exit code.
@@ -27,13 +28,28 @@ given = dict(word.split("=", 1) for word in sys.argv if "=" in word)
 run, code = pathlib.Path(given["--run_dir"]), int(given["--seed"])
 with open(run / "calls", "a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
+if code == 2:
+    print("error: what it refused")
 print("said by the training")
+
+
+def leave(*_):
+    time.sleep(0.3)
+    (run / "saved").touch()
+    sys.exit(143)
+
+
 if code == 99:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, leave)
     (run / "ready").touch()
     time.sleep(30)
-(run / "status.json").write_text(json.dumps({"state": "preempted" if code == 77 else "finished"}))
-sys.exit(0 if code in (0, 1, 77) else code)
+if code == 3:
+    time.sleep(0.5)
+states = {61: ("failed", "process 0: NonFiniteError: loss nan"), 62: ("preempted", "SIGTERM"), 77: ("preempted", "STOP")}
+state, message = states.get(code, ("finished" if code < 2 else "failed", ""))
+if code not in (2, 3, 5, 130, 143):
+    (run / "status.json").write_text(json.dumps({"state": state, "message": message}))
+sys.exit({0: 0, 1: 0, 77: 0, 61: 1, 62: 1}.get(code, code))
 """
 
 
@@ -53,6 +69,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return {**plan.cell.labels, "status": status, "val_top1": 50.0, "test_top1": None, "config": config}
 
     monkeypatch.setattr(sweep, "judge", judge)
+    monkeypatch.setattr(sweep, "check_data", lambda config: None)
     return [sys.executable, str(script)]
 
 
@@ -101,9 +118,44 @@ def test_a_loss_that_is_not_finite_is_a_result(tmp_path: Path, launcher: list[st
 
 
 def test_a_training_that_fails_ends_the_study_with_what_it_said(tmp_path: Path, launcher: list[str]) -> None:
-    with pytest.raises(RuntimeError, match="seed-2: .* ended with code 2: said by the training"):
-        run_cells([cell(2), cell(0)], configs=[CONFIG], out=tmp_path, launcher=launcher)
-    assert not list((tmp_path / "cells").glob("seed-2*"))
+    with pytest.raises(
+        RuntimeError, match=r"stand_in.py .*--seed=3 .* ended with code 3: said by the training \(all of it: .*log"
+    ):
+        run_cells([cell(3), cell(0)], configs=[CONFIG], out=tmp_path, launcher=launcher)
+    assert not list((tmp_path / "cells").iterdir())
+
+
+def test_settings_that_the_training_refuses_are_one_line(tmp_path: Path, launcher: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"--seed=2 .*: error: what it refused$"):
+        run_cells([cell(2)], configs=[CONFIG], out=tmp_path, launcher=launcher)
+
+
+def test_how_a_training_ended_does_not_depend_on_the_launcher_s_code(tmp_path: Path, launcher: list[str]) -> None:
+    """`accelerate launch` ends with 1 whatever its training ended with; status.json knows better."""
+    (row,) = run_cells([cell(61)], configs=[CONFIG], out=tmp_path / "a", launcher=launcher)
+    assert row["status"] == "diverged"
+    with pytest.raises(StudyStopped):
+        run_cells([cell(62)], configs=[CONFIG], out=tmp_path / "b", launcher=launcher)
+
+
+def test_a_failed_cell_lets_the_others_save(tmp_path: Path, launcher: list[str]) -> None:
+    with pytest.raises(RuntimeError, match="--seed=3"):
+        run_cells([cell(99), cell(3)], configs=[CONFIG], out=tmp_path, launcher=launcher, jobs=2)
+    assert (tmp_path / "runs" / "seed-99" / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--data.test_split=nonsense", "has no folder 'nonsense'"),
+        ("--model.num_classes=11", "model.num_classes is 11, but the data has 10 classes"),
+        ("--model.max_length=63", "model.max_length is 63, but the data needs 64"),
+    ],
+)
+def test_data_that_a_cell_will_need_is_opened_first(setting: str, message: str, tmp_path: Path) -> None:
+    settings = (setting, f"--data.root={tmp_path / 'digits'}")
+    with pytest.raises(ValueError, match=message):
+        run_cells([cell(0, *settings)], configs=[CONFIG], out=tmp_path / "out", launcher=["false"])
 
 
 @pytest.mark.parametrize(("seed", "code"), [(130, 130), (143, 143), (77, 143)])
@@ -180,12 +232,12 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_trainings_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 0)
-    assert sweep._environment(0, 3)["OMP_NUM_THREADS"] == "2"
-    monkeypatch.setattr(sweep.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(trainings.torch.cuda, "device_count", lambda: 0)
+    assert environment(0, 3)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.setattr(trainings.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert [sweep._environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "6", "4"]
-    assert sweep._environment(0, 1)["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert [environment(slot, 3)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "6", "4"]
+    assert environment(0, 1)["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
 def result(seed: int, top1: float | None, **labels: object) -> dict[str, Any]:
@@ -224,9 +276,15 @@ def test_settings_drop_the_options_of_another_attention(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: {attention_options: {temperature_init: 5.0}}\n")
     options = argparse.Namespace(config=[file], set=["schedule.epochs=7"])
+    varied = ["optim.lr"]
     for attention, kept in (("taylorshift", {"temperature_init": 5.0}), ("softmax", {})):
-        config, _ = load_config(["--config", str(file), *settings_of(options, attention)])
+        config, _ = load_config(["--config", str(file), *settings_of(options, attention, varied=varied)])
         assert (config.model.attention, config.model.attention_options, config.schedule.epochs) == (attention, kept, 7)
-    options.set = ["epochs"]
-    with pytest.raises(ValueError, match="--set epochs: expected KEY=VALUE"):
-        settings_of(options, "softmax")
+    for word, message in (
+        ("epochs", "--set epochs: expected KEY=VALUE"),
+        ("optim.lr=1", "--set optim.lr=1: this study sets model.attention, seed, run_dir, resume, optim.lr itself"),
+        ("model.attention=softmax", "--set model.attention=softmax: this study sets"),
+    ):
+        options.set = [word]
+        with pytest.raises(ValueError, match=message):
+            settings_of(options, "softmax", varied=varied)

@@ -51,10 +51,10 @@ def test_a_whole_study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     chosen = "temperature_init 5.0, temperature_lr_scale 1.0, decay_temperature false, form auto, lr 0.001"
     assert f"| taylorshift | 4 | {chosen} | 86.00 ± 1.41 | 85.00 ± 0.00 |" in printed  # by validation, not by the test split
     assert "| softmax | 1 | lr 0.001, weight_decay 0.05 | 84.00 ± 1.41 |" in printed
-    rows = json.loads((tmp_path / "temperature.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "temperature_study.json").read_text())["rows"]
     assert [row["temperature"] for row in rows] == [1.5, 1.5, 5.5, 5.5, None]
     assert [row["temperature_high"] for row in rows] == [2, 2, 6, 6, None]
-    assert (tmp_path / "temperature.png").stat().st_size > 10_000
+    assert (tmp_path / "temperature_study.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from taylorvit.benchmark.case import DTYPES, Case
 from taylorvit.benchmark.measure import GIB, Settings, measure
 from taylorvit.benchmark.peers import Peer, all_peers
 from taylorvit.benchmark.report import ResultFiles, draw, markdown_table
-from taylorvit.cli import positive_float, positive_int, run_program
+from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program, thread_count
 from taylorvit.provenance import provenance
 from taylorvit.suggest import nearest
 
@@ -53,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pass", dest="passes", choices=PASSES, nargs="+", default=["forward"])
     add("--candidates", nargs="+", metavar="NAME", help=f"default: all for the device, of {', '.join(all_peers())}")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
+    add("--threads", type=thread_count, help="of PyTorch (default: its own choice)")
     add("--seconds", type=positive_float, default=2.0, help="time for each candidate in each case (default: %(default)s)")
     add("--min_rounds", type=positive_int, default=7, help="at least, whatever they take (default: %(default)s)")
     add("--input_sets", type=positive_int, default=8, help="sets of inputs to rotate through (default: %(default)s)")
@@ -98,8 +97,7 @@ def main() -> int:
     options = build_parser().parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
+    need_matplotlib()
     if options.threads:
         torch.set_num_threads(options.threads)
     cases, peers = build_cases(options), choose_peers(options.candidates, options.device)

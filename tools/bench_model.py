@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -32,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from taylorvit.benchmark.measure import GIB
-from taylorvit.cli import positive_float, positive_int, run_program
+from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program, thread_count
 from taylorvit.config import ModelConfig
 from taylorvit.config_loading import load_config
-from taylorvit.models import random_inputs
+from taylorvit.models import SEQUENCE_NAMES, random_inputs
 from taylorvit.provenance import provenance
 from taylorvit.studies.model_candidates import PRECISIONS, VARIANTS, Candidate, Verdict, source_name
 from taylorvit.studies.model_cost import Row, best_batch_size, enter_memory, measure_speed, verify
@@ -75,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--memory", action="store_true", help="measure peak memory too; on CPU it takes a fresh process a row")
     add("--memory_limit_gib", type=positive_float, default=8.0, help="CPU: what needs more is out of memory (default: 8)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
+    add("--threads", type=thread_count, help="of PyTorch (default: its own choice)")
     add("--seconds", type=positive_float, default=5.0, help="time for each candidate in each case (default: %(default)s)")
     add("--min_rounds", type=positive_int, default=5, help="at least, whatever they take (default: %(default)s)")
     add("--out", type=Path, default=Path("results/model"), metavar="FOLDER", help="an earlier run's result is replaced")
@@ -89,6 +88,9 @@ def load_models(options: argparse.Namespace) -> dict[str, ModelConfig]:
         ValueError: a file cannot be read or holds something unknown, or two have one name.
     """
     if not options.config:
+        if options.model and (sequence := set(options.model) & set(SEQUENCE_NAMES)):
+            names = ", ".join(sorted(sequence))
+            raise ValueError(f"--model {names}: give a sequence model as --config, with its vocab_size and max_length")
         return {name: ModelConfig(name=name) for name in options.model or [DEFAULT_MODEL]}
     models: dict[str, ModelConfig] = {}
     for file in dict.fromkeys(options.config):
@@ -181,8 +183,7 @@ def check_machine(options: argparse.Namespace) -> None:
     """Raise ValueError for a GPU or a package that is asked for and not there."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
+    need_matplotlib()
 
 
 def main() -> int:

@@ -30,7 +30,7 @@ from taylorvit.benchmark.check import check
 from taylorvit.benchmark.crossing import find_crossing
 from taylorvit.benchmark.peers import Peer, all_peers
 from taylorvit.benchmark.timing import compare
-from taylorvit.cli import positive_float, positive_int, run_program
+from taylorvit.cli import positive_float, positive_int, run_program, thread_count
 from taylorvit.complexity import flops_crossover
 from taylorvit.ops import FASTEST, IMPLEMENTATIONS
 from taylorvit.ops.form_table import PATH
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_tokens", type=positive_int, default=8192, help="images x tokens, at least one image (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
+    add("--threads", type=thread_count, help="of PyTorch (default: its own choice)")
     add("--seconds", type=positive_float, default=1.0, help="time for each form at each token count (default: %(default)s)")
     add(
         "--tolerance",

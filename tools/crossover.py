@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -52,7 +51,7 @@ from taylorvit.benchmark.crossing_report import RIVALS, Row, draw, markdown_tabl
 from taylorvit.benchmark.measure import GIB
 from taylorvit.benchmark.peers import Peer, all_peers, prepare_call
 from taylorvit.benchmark.timing import CandidateError, compare
-from taylorvit.cli import one_line, positive_float, positive_int, run_program
+from taylorvit.cli import need_matplotlib, one_line, positive_float, positive_int, run_program, thread_count
 from taylorvit.ops import IMPLEMENTATIONS
 from taylorvit.provenance import provenance
 from taylorvit.run_folder import replace_file
@@ -87,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_tokens", type=positive_int, default=8192, metavar="N", help="end of every search (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--threads", type=positive_int, help="of PyTorch (default: its own choice)")
+    add("--threads", type=thread_count, help="of PyTorch (default: its own choice)")
     add("--seconds", type=positive_float, default=0.1, help="time for each candidate at each point (default: %(default)s)")
     add("--min_rounds", type=positive_int, default=5, help="at least, whatever they take (default: %(default)s)")
     add("--tolerance", type=positive_float, default=0.1, help="of the last bracket of a search (default: %(default)s)")
@@ -302,8 +301,7 @@ def prepare(options: argparse.Namespace) -> None:
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
+    need_matplotlib()
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cpu" and "memory" in options.quantity:

@@ -28,15 +28,19 @@ import torch
 
 from taylorvit.attention import ATTENTIONS
 from taylorvit.benchmark.measure import GIB
-from taylorvit.cli import positive_float, positive_int, run_program
+from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program, thread_count
+from taylorvit.config import ModelConfig
+from taylorvit.config_loading import config_to_dict, load_config
 from taylorvit.provenance import provenance
-from taylorvit.studies import head_count
-from taylorvit.studies.head_count import Measuring, measure_head_counts, theory
+from taylorvit.studies import head_count_report
+from taylorvit.studies.head_count import Measuring, check_measured, measure_head_counts, theory
 from taylorvit.studies.model_candidates import PRECISIONS
 from taylorvit.studies.model_passes import Settings
-from taylorvit.studies.options import add_sweep_options, need_matplotlib, settings_of
+from taylorvit.studies.options import add_sweep_options, settings_of
 from taylorvit.studies.results import summarise, write_results
 from taylorvit.studies.sweep import Cell, plan_cells, run_cells
+
+VARIED = ("model.num_heads",)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,10 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--attention", choices=ATTENTIONS, nargs="+", default=["taylorshift", "softmax"], help="which are trained")
     add("--measure_only", action="store_true", help="train nothing")
     add("--batch_size", type=positive_int, default=16, metavar="B", help="stated batch size of speed and memory (default: 16)")
-    add("--most", type=positive_int, default=256, help="largest batch size tried for the best one (default: %(default)s)")
+    add("--max_batch_size", type=positive_int, default=256, help="largest one tried for the best (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="of the measurements")
     add("--precision", choices=PRECISIONS, default="no", help="of the measurements; the paper's are fp16 (default: no, fp32)")
-    add("--threads", type=positive_int, help="of PyTorch in the measurements (default: its own choice)")
+    add("--threads", type=thread_count, help="of PyTorch in the measurements (default: its own choice)")
     add("--seconds", type=positive_float, default=2.0, help="time for each measured speed (default: %(default)s)")
     add(
         "--memory_limit_gib",
@@ -67,12 +71,18 @@ def build_cells(options: argparse.Namespace) -> list[Cell]:
     return [
         Cell(
             {"attention": attention, "num_heads": num_heads, "seed": seed},
-            (*settings_of(options, attention), f"--model.num_heads={num_heads}", f"--seed={seed}"),
+            (*settings_of(options, attention, varied=VARIED), f"--model.num_heads={num_heads}", f"--seed={seed}"),
         )
         for seed in dict.fromkeys(options.seeds)
         for num_heads in dict.fromkeys(options.num_heads)
         for attention in dict.fromkeys(options.attention)
     ]
+
+
+def measured_model(options: argparse.Namespace) -> ModelConfig:
+    """Return the configured model with TaylorShift, whose options are those of the configuration where it has that."""
+    files = [word for path in options.config for word in ("--config", str(path))]
+    return load_config([*files, *settings_of(options, "taylorshift", varied=VARIED)])[0].model
 
 
 def main() -> int:
@@ -84,26 +94,33 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     cells = build_cells(options)
-    model = plan_cells(cells, configs=options.config, out=options.out)[0].config.model
-    accuracies: list[dict[str, Any]] = []
-    if not options.measure_only:
-        results = run_cells(cells, configs=options.config, out=options.out, launcher=options.launcher, jobs=options.jobs)
-        accuracies = summarise(results, ("attention", "num_heads"))
+    plan_cells(cells, configs=options.config, out=options.out)
+    model, counts = measured_model(options), list(dict.fromkeys(options.num_heads))
     settings = Settings(
         device=options.device,
         precision=options.precision,
         seconds=options.seconds,
         memory_limit_bytes=int(options.memory_limit_gib * GIB),
     )
-    measuring = Measuring(settings, options.batch_size, options.most)
-    counts = list(dict.fromkeys(options.num_heads))
+    measuring = Measuring(settings, options.batch_size, options.max_batch_size)
+    check_measured(model, counts, measuring, options.out / "measured")
+    accuracies: list[dict[str, Any]] = []
+    if not options.measure_only:
+        results = run_cells(cells, configs=options.config, out=options.out, launcher=options.launcher, jobs=options.jobs)
+        accuracies = summarise(results, ("attention", "num_heads"))
     measured = measure_head_counts(model, counts, measuring, options.out / "measured")
     theories = [theory(model, num_heads) for num_heads in counts]
-    markdown = head_count.report(accuracies, measured, theories, options.batch_size)
-    header = {"provenance": provenance(), "accuracies": accuracies, "theory": theories}
+    markdown = head_count_report.report(accuracies, measured, theories, measuring)
+    header = {
+        "provenance": provenance(),
+        "model": config_to_dict(model),
+        "measuring": measuring.as_dict(),
+        "accuracies": accuracies,
+        "theory": theories,
+    }
     write_results(options.out, "head_ablation", header, measured, markdown)
     print(f"\n{markdown}\n")
-    head_count.draw(accuracies, measured, options.batch_size, options.out / "head_ablation.png")
+    head_count_report.draw(accuracies, measured, options.batch_size, options.out / "head_ablation.png")
     print(options.out / "head_ablation.png")
     return 0
 

@@ -1,7 +1,7 @@
 """Study the numerics of TaylorShift: errors against fp64, sizes of intermediates, and what the normalisation is for.
 
     python tools/numerics.py --out results/numerics
-    python tools/numerics.py --num_tokens 256 1024 --head_dim 32 --impl reference cpu --dtype bfloat16 --seeds 5
+    python tools/numerics.py --num_tokens 256 1024 --head_dim 32 --impl reference cpu --dtype bfloat16 --draws 5
 
 Errors: every implementation in both forms, `paper` being the paper's way of computing, over all of --num_tokens, --head_dim,
 --temperature, --dtype and --kind; inputs are rounded to the dtype before the fp64 truth is computed, so only the computing is
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from taylorvit.benchmark.case import DTYPES, Case
-from taylorvit.cli import positive_float, positive_int, run_program
+from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program
 from taylorvit.ops import DEVICE_TYPES
 from taylorvit.provenance import provenance
 from taylorvit.studies import numerics, numerics_sizes
@@ -33,8 +33,7 @@ from taylorvit.studies.numerics_normalisation import normalisation_rows
 from taylorvit.studies.numerics_pictures import draw_pictures
 from taylorvit.studies.numerics_report import Results, markdown, write_files
 from taylorvit.studies.numerics_sizes import MOST_SIZE_TOKENS, SCALINGS
-from taylorvit.studies.options import need_matplotlib
-from taylorvit.studies.sweep import make_folder
+from taylorvit.studies.results import make_folder
 
 HALF_TO_FULL = ("float16", "bfloat16", "float32")
 
@@ -53,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--long_tokens", type=positive_int, nargs="+", default=[256, 1024, 4096, 16384, 65536, 131072, 262144], metavar="N")
     add("--impl", nargs="+", choices=numerics.IMPLS, help="default: all that run on the device")
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--seeds", type=positive_int, default=2, help="drawings of the inputs, judged together (default: %(default)s)")
+    add("--draws", type=positive_int, default=2, help="drawings of the inputs, judged together (default: %(default)s)")
     add("--out", type=Path, default=Path("results/numerics"), metavar="FOLDER")
     return parser
 
@@ -66,6 +65,8 @@ def check_options(options: argparse.Namespace) -> None:
     if options.impl is None:
         options.impl = [impl for impl in numerics.IMPLS if options.device in DEVICE_TYPES.get(impl, (options.device,))]
     numerics.candidates(options.impl, options.device)
+    if min(options.num_tokens) < 2:
+        raise ValueError(f"--num_tokens {min(options.num_tokens)}: 2 or more are needed, one token has nothing to choose from")
     for num_tokens, head_dim in itertools.product(options.num_tokens, options.head_dim):
         case = Case(1, 1, num_tokens, head_dim, "float64", True, options.device)
         if (size := numerics.truth_of(case).needed_bytes(case)) > numerics.MAX_BYTES:
@@ -116,7 +117,7 @@ def measure_errors(options: argparse.Namespace) -> list[ErrorRow]:
             *map(dict.fromkeys, (options.dtype, options.kind, options.temperature))
         ):
             case = Case(1, 1, num_tokens, head_dim, dtype, True, options.device)
-            rows += numerics.error_rows(case, kind, temperature, peers, options.seeds)
+            rows += numerics.error_rows(case, kind, temperature, peers, options.draws)
         print(f"errors: D = {head_dim}, N = {num_tokens}", flush=True)
     return rows
 

@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from taylorvit.cli import positive_float, positive_int, run_program
+from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program, thread_count
 from taylorvit.ops.orders import ORDERS
 from taylorvit.provenance import provenance
 from taylorvit.run_folder import replace_file
 from taylorvit.studies import order_report
-from taylorvit.studies.options import add_sweep_options, need_matplotlib, settings_of
+from taylorvit.studies.options import add_sweep_options, settings_of
 from taylorvit.studies.orders import (
     KEYS,
     TRAINED,
@@ -48,8 +48,11 @@ from taylorvit.studies.orders import (
     time_forms,
     training_cells,
 )
-from taylorvit.studies.sweep import Cell, make_folder, plan_cells, run_cells
+from taylorvit.studies.results import make_folder
+from taylorvit.studies.sweep import Cell, plan_cells, run_cells
 
+VARIED = ("model.attention_options.order", "model.attention_options.temperature_init")
+MAX_TEMPERATURE = 700.0  # beyond it exp leaves the range of fp64
 TEMPERATURES = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 14.0, 20.0)
 
 
@@ -65,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=positive_float, nargs="+", default=TEMPERATURES, metavar="T", help="of the approximation")
     add("--seconds", type=positive_float, default=1.0, help="time for each candidate in each case (default: %(default)s)")
     add("--temperature_init", type=positive_float, nargs="+", default=[1.0], metavar="T", help="of the training (default: 1)")
-    add("--threads", type=positive_int, help="of PyTorch, not of the trainings (default: its own choice)")
+    add("--threads", type=thread_count, help="of PyTorch, not of the trainings (default: its own choice)")
     return parser
 
 
@@ -120,7 +123,7 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     """Return the trainings that are asked for."""
     orders, temperatures, seeds = options.order or (1, 2, 3, 4), options.temperature_init, options.seeds
     grid = (list(dict.fromkeys(values)) for values in (orders, temperatures, seeds))
-    return training_cells(*grid, shared={name: settings_of(options, name) for name in TRAINED})
+    return training_cells(*grid, shared={name: settings_of(options, name, varied=VARIED) for name in TRAINED})
 
 
 class Files:
@@ -137,7 +140,7 @@ class Files:
         content = {**self.header, "rows": rows, **more}
         replace_file(self.stem.with_suffix(".json"), json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
         table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, list(rows[0]))
+        writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         replace_file(self.stem.with_suffix(".csv"), table.getvalue())
@@ -163,6 +166,8 @@ def _finite(value: Any) -> Any:
 def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for what argparse lets through, for an unwritable folder, and for a training that cannot start."""
     need_matplotlib()
+    if max(options.temperature) > MAX_TEMPERATURE:
+        raise ValueError(f"--temperature {max(options.temperature):g}: at most {MAX_TEMPERATURE:g} is possible")
     if "training" in options.parts and not options.config:
         raise ValueError("--part training needs --config: which model is to be trained?")
     make_folder(options.out)

@@ -7,7 +7,7 @@ learning rate, with every seed; beside it the softmax twin over its own learning
 run and the setting of each attention are chosen on the validation split; the test split (data.test_split) says what they are
 worth. The table tells how many settings each attention was given, as more tries find better ones.
 
-Writes temperature.json, temperature.csv, temperature.md and temperature.png into --out, beside the runs; a study that was
+Writes temperature_study.json, .csv, .md and .png into --out, beside the runs; a study that was
 stopped is continued by the same command, and a larger grid adds to it. Needs matplotlib (requirements-dev.txt).
 """
 
@@ -24,15 +24,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from taylorvit.cli import positive_float, run_program
+from taylorvit.cli import need_matplotlib, positive_float, run_program
 from taylorvit.ops import FORMS
 from taylorvit.provenance import provenance
-from taylorvit.studies.options import add_sweep_options, need_matplotlib, settings_of
+from taylorvit.studies.options import add_sweep_options, settings_of
 from taylorvit.studies.results import best_row, markdown_table, mean_and_spread, summarise, write_results
 from taylorvit.studies.sweep import Cell, run_cells
 
 TAYLORSHIFT_LABELS = ("temperature_init", "temperature_lr_scale", "decay_temperature", "form", "lr")
 SOFTMAX_LABELS = ("lr", "weight_decay")
+VARIED = (
+    "model.attention_options.form",
+    "model.attention_options.temperature_init",
+    "optim.temperature_lr_scale",
+    "optim.decay_temperature",
+    "optim.lr",
+    "optim.weight_decay",
+)
 LABELS = ("attention", *dict.fromkeys([*TAYLORSHIFT_LABELS, *SOFTMAX_LABELS]))
 
 
@@ -53,21 +61,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def build_cells(options: argparse.Namespace) -> list[Cell]:
     """Return a cell for every combination and seed, TaylorShift first."""
-    shared = settings_of(options, "taylorshift")
+    shared = settings_of(options, "taylorshift", varied=VARIED)
     cells = []
     for init, scale, decay, form, lr, seed in itertools.product(
         *(dict.fromkeys(getattr(options, key)) for key in TAYLORSHIFT_LABELS), dict.fromkeys(options.seeds)
     ):
         labels = dict(zip(TAYLORSHIFT_LABELS, (init, scale, decay, form, lr)))
         settings = [
-            f"--model.attention_options={{form: {form}, temperature_init: {init}}}",
+            f"--model.attention_options.form={form}",
+            f"--model.attention_options.temperature_init={init}",
             f"--optim.temperature_lr_scale={scale}",
             f"--optim.decay_temperature={decay}",
             f"--optim.lr={lr}",
             f"--seed={seed}",
         ]
         cells.append(Cell({"attention": "taylorshift", **labels, "seed": seed}, (*shared, *settings)))
-    shared = settings_of(options, "softmax")
+    shared = settings_of(options, "softmax", varied=VARIED)
     for lr, weight_decay, seed in itertools.product(
         *map(dict.fromkeys, (options.softmax_lr, options.softmax_weight_decay, options.seeds))
     ):
@@ -97,7 +106,14 @@ def report(rows: list[dict[str, Any]]) -> str:
     chosen = markdown_table(["attention", "settings tried", "best on validation", "validation top-1", "test top-1"], lines)
     names = ["attention", "T init", "x lr", "decay", "form", "lr", "weight decay"]
     header = [*names, "seeds", "diverged", "validation top-1", "test top-1", "test loss", "T after training"]
-    return f"{chosen}\n\n{markdown_table(header, [_cells(row) for row in rows])}"
+    notes = [
+        f"`{provenance()['command']}`",
+        "Mean and sample deviation of the seeds. Checkpoint and setting were chosen on the validation split.",
+        "T init, x lr and decay: the temperature's initial value, its factor on the learning rate, its weight decay; T after "
+        "training: mean (lowest to highest) over layers, heads and seeds.",
+    ]
+    everything = markdown_table(header, [_cells(row) for row in rows])
+    return "\n\n".join([notes[0], notes[1], chosen, notes[2], everything])
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
@@ -109,54 +125,53 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [*labels, str(row["seeds"]), str(row["diverged"]), *figures, after]
 
 
-def draw(rows: list[dict[str, Any]], output: Path) -> None:
-    """Draw accuracy and final temperature over the initial one, a line for every other setting; softmax's best is a band."""
+def draw(rows: list[dict[str, Any]], output: Path) -> bool:
+    """Draw accuracy and final temperature over the initial one, a line for every other setting; False where all diverged."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (accuracy, final) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     taylorshift = [row for row in rows if row["attention"] == "taylorshift" and row["val_top1"] is not None]
+    if not taylorshift:
+        return False
+    figure, (accuracy, final) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     key = "val_top1" if any(row["test_top1"] is None for row in taylorshift) else "test_top1"
-    others = TAYLORSHIFT_LABELS[1:]
-    varied = [name for name in others if len({row[name] for row in taylorshift}) > 1]
-    for setting in dict.fromkeys(tuple(row[name] for name in others) for row in taylorshift):
-        line = sorted(
-            (row for row in taylorshift if tuple(row[name] for name in others) == setting),
-            key=lambda row: row["temperature_init"],
-        )
-        shown = dict(zip(others, setting))
-        label = ", ".join(f"{name.replace('temperature_', 'T ')} {shown[name]}" for name in varied) or "TaylorShift"
-        inits = [row["temperature_init"] for row in line]
-        accuracy.errorbar(
-            inits, [row[key] for row in line], [row[f"{key}_sd"] or 0 for row in line], label=label, marker="o", capsize=3
-        )
-        spread = [
-            [row["temperature"] - row["temperature_low"] for row in line],
-            [row["temperature_high"] - row["temperature"] for row in line],
-        ]
-        final.errorbar(inits, [row["temperature"] for row in line], spread, label=label, marker="o", capsize=3)
-    softmax = best_row([row for row in rows if row["attention"] == "softmax"])
-    if softmax:
+    for label, line in _lines(taylorshift).items():
+        inits, style = [row["temperature_init"] for row in line], {"label": label, "marker": "o", "capsize": 3}
+        accuracy.errorbar(inits, [row[key] for row in line], [row[f"{key}_sd"] or 0 for row in line], **style)
+        means = [row["temperature"] for row in line]
+        below = [row["temperature"] - row["temperature_low"] for row in line]
+        above = [row["temperature_high"] - row["temperature"] for row in line]
+        final.errorbar(inits, means, [below, above], **style)
+    if softmax := best_row([row for row in rows if row["attention"] == "softmax"]):
         deviation = softmax[f"{key}_sd"] or 0
         accuracy.axhspan(softmax[key] - deviation, softmax[key] + deviation, color="gray", alpha=0.25)
-        accuracy.axhline(
-            softmax[key], color="black", linestyle="--", label=f"softmax, best of its settings (lr {softmax['lr']:g})"
-        )
-    lowest, highest = (choose([row["temperature_init"] for row in taylorshift]) for choose in (min, max))
-    final.plot([lowest, highest], [lowest, highest], color="gray", linestyle=":", label="unchanged")
+        accuracy.axhline(softmax[key], color="black", linestyle="--", label="softmax, its best setting on validation")
+    ticks = sorted({row["temperature_init"] for row in taylorshift})
+    final.plot(ticks, ticks, color="gray", linestyle=":", label="unchanged")
     for axis in (accuracy, final):
         axis.set(xlabel="initial temperature", xscale="log")
-        ticks = sorted({row["temperature_init"] for row in taylorshift})
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small")
     accuracy.set(ylabel=f"{'test' if key == 'test_top1' else 'validation'} top-1 [%], mean and deviation of the seeds")
-    final.set(ylabel="temperature after training: mean and range of all heads", yscale="log")
+    final.set(ylabel="temperature after training: mean and range of all heads")
     figure.savefig(output, dpi=100)
     plt.close(figure)
+    return True
+
+
+def _lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Group the rows by all settings but the initial temperature, named by those that differ, each in order of the latter."""
+    others = TAYLORSHIFT_LABELS[1:]
+    varied = [name for name in others if len({row[name] for row in rows}) > 1]
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["temperature_init"]):
+        label = ", ".join(f"{name.replace('temperature_', 'T ')} {row[name]}" for name in varied)
+        lines.setdefault(label or "TaylorShift", []).append(row)
+    return lines
 
 
 def main() -> int:
@@ -171,10 +186,11 @@ def main() -> int:
     rows = summarise(results, LABELS)
     add_temperatures(rows, results)
     markdown = report(rows)
-    write_results(options.out, "temperature", {"provenance": provenance()}, rows, markdown)
+    header = {"provenance": provenance(), "base": [str(path) for path in options.config], "set": options.set}
+    write_results(options.out, "temperature_study", header, rows, markdown)
     print(f"\n{markdown}\n")
-    draw(rows, options.out / "temperature.png")
-    print(options.out / "temperature.png")
+    if draw(rows, options.out / "temperature_study.png"):
+        print(options.out / "temperature_study.png")
     return 0
 
 

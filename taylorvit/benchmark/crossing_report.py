@@ -115,7 +115,8 @@ def draw(rows: Sequence[Row], output: Path) -> None:
 def _draw_panel(axis: Any, rows: list[Row]) -> None:
     quantity = rows[0].quantity
     head_dims = sorted({row.head_dim for row in rows})
-    dense = range(math.floor(head_dims[0] / 1.4), math.ceil(head_dims[-1] * 1.4) + 1)
+    low, high = math.log(head_dims[0] / 1.4), math.log(head_dims[-1] * 1.4)
+    dense = sorted({max(1, round(math.exp(low + (high - low) * step / 200))) for step in range(201)})
     for packing, style in LINES.items():
         axis.plot(dense, [THEORY[quantity](head_dim, packing) for head_dim in dense], style, color="black", zorder=1)
     series: dict[tuple[str, str, str], list[Row]] = {}

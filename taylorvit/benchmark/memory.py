@@ -94,7 +94,8 @@ def can_measure_on_cpu() -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out; PyTorch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(words in str(error) for words in told)
 
 
 def _reason(stderr: str) -> str:

@@ -34,7 +34,7 @@ class ResultFiles:
             folder.mkdir(parents=True, exist_ok=True)
             self.picture.unlink(missing_ok=True)
             with self.csv.open("w", encoding="utf-8", newline="") as file:
-                csv.writer(file).writerow(FIELDS)
+                csv.writer(file, lineterminator="\n").writerow(FIELDS)
             self._write_json()
         except OSError as error:
             raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from error
@@ -44,7 +44,7 @@ class ResultFiles:
         rows = list(rows)
         self.rows += rows
         with self.csv.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, FIELDS).writerows(dataclasses.asdict(row) for row in rows)
+            csv.DictWriter(file, FIELDS, lineterminator="\n").writerows(dataclasses.asdict(row) for row in rows)
         self._write_json()
 
     def _write_json(self) -> None:

@@ -1,14 +1,14 @@
 """The head-count ablation: what a width split into more, narrower heads does to accuracy, speed and memory of both forms.
 
 More heads of d = C / H make the efficient form cheaper (N d^3 a head) and the direct one dearer (N^2 a head): section 4 of the
-TaylorShift paper (arXiv:2403.02920). Here are the measurements, the theory beside them, the tables and the figure.
+TaylorShift paper (arXiv:2403.02920). Here are the measurements and the theory beside them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,17 @@ from taylorvit.complexity import (
     ops_mhsa,
 )
 from taylorvit.config import ModelConfig
-from taylorvit.config_loading import config_to_dict
+from taylorvit.config_loading import config_to_dict, flatten
 from taylorvit.models import attention_forms, build_model
 from taylorvit.provenance import provenance
 from taylorvit.run_folder import replace_file
+from taylorvit.studies import model_cost
 from taylorvit.studies.model_candidates import Candidate, inspect_model
 from taylorvit.studies.model_cost import best_batch_size, enter_memory, measure_speed, verify
 from taylorvit.studies.model_passes import Settings
-from taylorvit.studies.results import markdown_table, mean_and_spread
 
 FORMS: tuple[Form, ...] = ("direct", "efficient")
 MEASURED = {"direct": "taylorshift_direct", "efficient": "taylorshift_efficient", "softmax": "softmax"}
-MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,26 +52,49 @@ def measure_head_counts(
     """Measure every head count that has no file in the folder yet, and return the rows of all.
 
     A row is one way of running the attention (`run`: "direct", "efficient" or "softmax") at one head count: a `model_cost.Row`
-    with `best_batch_size`, `best_samples_per_second` and `best_reason` added. Inference, as in the paper.
+    with the best batch size, its samples a second and peak memory, and why the search for it ended. Inference, as in the paper.
 
     Raises:
-        ValueError: a file holds another model or other settings.
-        RuntimeError: a form computes something else than the reference.
+        ValueError: see `check_measured`.
+        RuntimeError: a form failed, or computes something else than the reference.
     """
+    check_measured(model, head_counts, measuring, folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for num_heads in head_counts:
-        file = folder / f"num_heads-{num_heads}.json"
-        config = dataclasses.replace(model, num_heads=num_heads)
-        asked = {"model": config_to_dict(config), "measuring": measuring.as_dict()}
+        file, asked = _file(folder, num_heads), _asked(model, num_heads, measuring)
         if not file.exists():
-            found = {**asked, "provenance": provenance(), "rows": _measure(config, measuring)}
-            replace_file(file, json.dumps(found, indent=1) + "\n")
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if any(content[key] != json.loads(json.dumps(value)) for key, value in asked.items()):
-            raise ValueError(f"{file} was measured with another model or other settings; choose another --out, or remove it")
-        rows += content["rows"]
+            found = _measure(dataclasses.replace(model, num_heads=num_heads), measuring)
+            replace_file(file, json.dumps({**asked, "provenance": provenance(), "rows": found}, indent=1) + "\n")
+        rows += json.loads(file.read_text(encoding="utf-8"))["rows"]
     return rows
+
+
+def check_measured(model: ModelConfig, head_counts: Sequence[int], measuring: Measuring, folder: Path) -> None:
+    """Raise ValueError if a measurement in the folder is damaged, or is of another model or made with other settings."""
+    for num_heads in head_counts:
+        file = _file(folder, num_heads)
+        if not file.exists():
+            continue
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            found = flatten({key: content[key] for key in ("model", "measuring")})
+            assert content["rows"]
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"{file}: it is not a measurement ({error!r}); remove it to measure again") from error
+        asked = flatten(_asked(model, num_heads, measuring))
+        if changed := {key: value for key, value in asked.items() if found.get(key) != value}:
+            shown = "; ".join(f"{key} {found.get(key)!r} -> {value!r}" for key, value in changed.items())
+            raise ValueError(f"{file} was measured with other settings: {shown}; choose another --out, or remove it")
+
+
+def _file(folder: Path, num_heads: int) -> Path:
+    return folder / f"num_heads-{num_heads}.json"
+
+
+def _asked(model: ModelConfig, num_heads: int, measuring: Measuring) -> dict[str, Any]:
+    config = dataclasses.replace(model, num_heads=num_heads)
+    return {"model": config_to_dict(config), "measuring": measuring.as_dict()}
 
 
 def _measure(config: ModelConfig, measuring: Measuring) -> list[dict[str, Any]]:
@@ -82,7 +104,7 @@ def _measure(config: ModelConfig, measuring: Measuring) -> list[dict[str, Any]]:
     measured = measure_speed(candidates, measuring.batch_size, training=False, settings=settings, verdicts=verdicts)
     rows = []
     for candidate, row in zip(candidates, measured):
-        if row.status == "wrong":
+        if row.is_fault:
             raise RuntimeError(f"{row.candidate} with {row.num_heads} heads: {row.note}")
         enter_memory(row, candidate, settings)
         best = best_batch_size(candidate, training=False, settings=settings, most=measuring.most)
@@ -97,10 +119,21 @@ def _measure(config: ModelConfig, measuring: Measuring) -> list[dict[str, Any]]:
                 "run": candidate.name,
                 "best_batch_size": best.batch_size,
                 "best_samples_per_second": best.samples_per_second,
+                "best_peak_bytes": _peak_memory(candidate, best.batch_size, settings),
                 "best_reason": best.reason,
             }
         )
     return rows
+
+
+def _peak_memory(candidate: Candidate, batch_size: int | None, settings: Settings) -> int | None:
+    """Return the peak memory at the best batch size; None where there is none, or the system does not tell it."""
+    if batch_size is None:
+        return None
+    try:
+        return model_cost.peak_memory(candidate, batch_size, training=False, settings=settings)
+    except MemoryError:
+        return None
 
 
 def theory(model: ModelConfig, num_heads: int) -> dict[str, Any]:
@@ -119,7 +152,7 @@ def theory(model: ModelConfig, num_heads: int) -> dict[str, Any]:
     assert embed_dim is not None
     assert num_tokens is not None
     head_dim = embed_dim // num_heads
-    found: dict[str, Any] = {"num_heads": num_heads, "head_dim": head_dim, "num_tokens": num_tokens}
+    found: dict[str, Any] = {"num_heads": num_heads, "head_dim": head_dim, "num_tokens": num_tokens, "depth": depth}
     for form in FORMS:
         found[f"ops_{form}"] = depth * ops_mhsa(form, num_tokens, embed_dim, num_heads)
         found[f"entries_{form}"] = entries_mhsa(form, num_tokens, embed_dim, num_heads)
@@ -128,132 +161,3 @@ def theory(model: ModelConfig, num_heads: int) -> dict[str, Any]:
     for name, crossover in (("n0", flops_crossover), ("n1", memory_crossover)):
         found |= {name: crossover(head_dim), f"{name}_packed": crossover(head_dim, "symmetric")}
     return found
-
-
-def report(
-    accuracies: Sequence[Mapping[str, Any]],
-    measured: Sequence[Mapping[str, Any]],
-    theories: Sequence[Mapping[str, Any]],
-    batch_size: int,
-) -> str:
-    """Return the Markdown tables: accuracy, speed and memory as in the paper, and theory beside measurement.
-
-    Args:
-        accuracies: rows of `results.summarise` by attention and num_heads; may be empty.
-        measured: rows of `measure_head_counts`.
-        theories: rows of `theory`, one a head count in the same order.
-        batch_size: the stated one.
-    """
-    tables = _accuracy(accuracies), _costs(measured, batch_size), _theory(measured, theories)
-    return "\n\n".join(table for table in tables if table)
-
-
-def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
-    header = ["heads", "attention", "seeds", "diverged", "validation top-1 [%]", "test top-1 [%]", "test loss"]
-    return markdown_table(
-        header,
-        [
-            [
-                str(row["num_heads"]),
-                row["attention"],
-                str(row["seeds"]),
-                str(row["diverged"]),
-                *(mean_and_spread(row, key) for key in ("val_top1", "test_top1", "test_loss")),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def _costs(rows: Sequence[Mapping[str, Any]], batch_size: int) -> str:
-    header = ["heads", "d", "form", f"samples/s at {batch_size}", "x softmax", f"MiB at {batch_size}, with weights"]
-    header += ["best batch", "samples/s there"]
-    lines = []
-    for row in rows:
-        memory = None if row["peak_bytes"] is None else (row["peak_bytes"] + row["weight_bytes"]) / MIB
-        if row["status"] != "ok":
-            speed = [row["status"], "-"]
-        else:
-            speed = [f"{row['samples_per_second']:.4g}", "-" if row["speedup"] is None else f"{row['speedup']:.2f}"]
-        best = ["-", "-"]
-        if row["best_batch_size"]:
-            best = [str(row["best_batch_size"]), f"{row['best_samples_per_second']:.4g}"]
-        lines.append(
-            [str(row["num_heads"]), str(row["head_dim"]), row["run"], *speed, "-" if memory is None else f"{memory:.4g}", *best]
-        )
-    return markdown_table(header, lines)
-
-
-def _theory(rows: Sequence[Mapping[str, Any]], theories: Sequence[Mapping[str, Any]]) -> str:
-    """Set the ratio of the forms in theory beside that measured: above 1 efficient is ahead."""
-    header = ["heads", "d", "N", "N0", "N1", "N0 packed", "N1 packed", "MFLOP direct", "MFLOP efficient", "packed"]
-    header += ["entries direct", "entries efficient", "packed", "speed eff./dir. in theory", "packed", "measured (whole model)"]
-    lines = []
-    for found, direct, efficient in zip(theories, _of(rows, "direct"), _of(rows, "efficient")):
-        operations = [found[key] for key in ("ops_direct", "ops_efficient", "ops_efficient_packed")]
-        rates = [row["best_samples_per_second"] for row in (efficient, direct)]
-        lines.append(
-            [
-                *(str(found[key]) for key in ("num_heads", "head_dim", "num_tokens")),
-                *(f"{found[key]:,.0f}" for key in ("n0", "n1", "n0_packed", "n1_packed")),
-                *(f"{value / 1e6:.4g}" for value in operations),
-                *(f"{found[key]:,}" for key in ("entries_direct", "entries_efficient", "entries_efficient_packed")),
-                *(f"{operations[0] / value:.2f}" for value in operations[1:]),
-                f"{rates[0] / rates[1]:.2f}" if all(rates) else "-",
-            ]
-        )
-    return markdown_table(header, lines)
-
-
-def _of(rows: Sequence[Mapping[str, Any]], run: str) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["run"] == run]
-
-
-def draw(accuracies: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]], batch_size: int, out: Path) -> None:
-    """Draw accuracy, throughput and peak memory over the number of heads; without accuracies the first panel is left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = 3 if accuracies else 2
-    figure, axes = plt.subplots(1, panels, figsize=(5.4 * panels, 4.6), layout="constrained")
-    if accuracies:
-        _draw_accuracy(axes[0], accuracies)
-    _draw_costs(axes[-2], axes[-1], measured, batch_size)
-    counts = {row["num_heads"]: row["head_dim"] for row in measured}
-    for axis in axes:
-        axis.set(xscale="log", xlabel="heads H (head dimension d)")
-        axis.set_xticks(list(counts), [f"{heads}\n({dim})" for heads, dim in counts.items()])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
-
-
-def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    key = "test_top1" if all(row["test_top1"] is not None for row in rows) else "val_top1"
-    for attention, marker in zip(dict.fromkeys(row["attention"] for row in rows), "os^v"):
-        own = [row for row in rows if row["attention"] == attention and row[key] is not None]
-        heads, means = [row["num_heads"] for row in own], [row[key] for row in own]
-        axis.errorbar(heads, means, [row[f"{key}_sd"] or 0 for row in own], label=attention, marker=marker, capsize=3)
-    axis.set(title="accuracy", ylabel=f"{key.partition('_')[0]} top-1 [%], mean and deviation of the seeds")
-
-
-def _draw_costs(speed: Any, memory: Any, rows: Sequence[Mapping[str, Any]], batch_size: int) -> None:
-    for run, color in zip(MEASURED, ("tab:blue", "tab:orange", "tab:green")):
-        own = _of(rows, run)
-        heads = [row["num_heads"] for row in own]
-        label = "softmax, fused" if run == "softmax" else f"TaylorShift, {run}"
-        speed.plot(
-            heads, [row["best_samples_per_second"] for row in own], color=color, marker="o", label=f"{label}: best batch"
-        )
-        stated = [row["samples_per_second"] for row in own]
-        speed.plot(heads, stated, color=color, marker="x", linestyle=":", label=f"{label}: batch {batch_size}")
-        held = [None if row["peak_bytes"] is None else (row["peak_bytes"] + row["weight_bytes"]) / MIB for row in own]
-        memory.plot(heads, held, color=color, marker="o", label=label)
-    speed.set(title="throughput, inference", ylabel="samples a second", yscale="log")
-    memory.set(title=f"peak memory, inference, batch {batch_size}", ylabel="MiB, weights included", yscale="log")

@@ -256,6 +256,10 @@ def _compare(
         except CandidateError as error:
             rows[error.name].status, rows[error.name].note = _classify(error)
             del passes[error.name]
+        except (MemoryError, RuntimeError) as error:  # of the inputs, which the largest batch needs
+            for name in [name for name, call in passes.items() if call.batch_size == most]:
+                rows[name].status, rows[name].note = _classify(error)
+                del passes[name]
         release_memory()
     return None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from taylorvit.benchmark.memory import RESOLUTION
 from taylorvit.run_folder import replace_file
 from taylorvit.studies.model_candidates import source_name
 from taylorvit.studies.model_cost import Row, Status
@@ -97,7 +98,9 @@ def _count(number: int | None) -> str:
 
 
 def _mebibytes(size: int | None) -> str:
-    return "" if size is None else f"{size / MEBI:.4g} MiB"
+    if size is None:
+        return ""
+    return f"{size / MEBI:.4g} MiB" if size >= RESOLUTION else f"< {RESOLUTION / MEBI} MiB"
 
 
 def _time(seconds: float) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shlex
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from taylorvit.cli import positive_int
@@ -20,7 +21,7 @@ def add_sweep_options(parser: argparse.ArgumentParser, *, out: str, config_requi
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     add(
         "--launcher",
-        type=shlex.split,
+        type=_launcher,
         default=[sys.executable],
         metavar="COMMAND",
         help="what starts each training, such as 'accelerate launch --config_file configs/accelerate/one_node.yaml'",
@@ -29,12 +30,18 @@ def add_sweep_options(parser: argparse.ArgumentParser, *, out: str, config_requi
     add("--out", type=Path, default=Path(out), metavar="FOLDER", help="the study's folder; a study there is continued")
 
 
-def settings_of(options: argparse.Namespace, attention: str) -> list[str]:
+def settings_of(options: argparse.Namespace, attention: str, *, varied: Sequence[str]) -> list[str]:
     """Return the attention and --set as arguments of train.py; the options of another attention are dropped.
 
+    Args:
+        options: the command line.
+        attention: of this cell.
+        varied: keys that the study sets itself, so that --set must leave them alone.
+
     Raises:
-        ValueError: a word of --set is no KEY=VALUE, or a configuration file is not valid.
+        ValueError: a word of --set is no KEY=VALUE or sets what the study sets, or a configuration file is not valid.
     """
+    own = ("model.attention", "seed", "run_dir", "resume", *varied)
     config, _ = load_config([word for path in options.config for word in ("--config", str(path))])
     chosen = [f"--model.attention={attention}"]
     if attention != config.model.attention:
@@ -42,10 +49,17 @@ def settings_of(options: argparse.Namespace, attention: str) -> list[str]:
     for word in options.set:
         if "=" not in word or word.startswith("-"):
             raise ValueError(f"--set {word}: expected KEY=VALUE, such as schedule.epochs=10")
+        if word.partition("=")[0] in own:
+            raise ValueError(f"--set {word}: this study sets {', '.join(own)} itself, by its own options")
     return [*chosen, *(f"--{word}" for word in options.set)]
 
 
-def need_matplotlib() -> None:
-    """Raise ValueError before any work if the picture cannot be drawn."""
-    if not importlib.util.find_spec("matplotlib"):
-        raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
+def _launcher(text: str) -> list[str]:
+    """Read the command that starts a training."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from error
+    if not words or not shutil.which(words[0]):
+        raise argparse.ArgumentTypeError(f"there is no program {words[0] if words else ''!r}")
+    return words

@@ -9,7 +9,6 @@ no nearer to softmax than that gains nothing by attending.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -196,7 +195,7 @@ def training_cells(
 
     def cell(labels: dict[str, Any]) -> Cell:
         options = {key: labels[key] for key in ("order", "temperature_init") if key in labels}
-        own = f"--model.attention_options={json.dumps(options)}", f"--seed={labels['seed']}"
+        own = *(f"--model.attention_options.{key}={value}" for key, value in options.items()), f"--seed={labels['seed']}"
         return Cell(labels, (*shared[labels["attention"]], *own))
 
     cells = []

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,21 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the row that validation prefers, None without any; one in which a seed diverged is not taken."""
     usable = [row for row in rows if row["val_top1"] is not None and not row["diverged"]]
     return max(usable, key=lambda row: row["val_top1"], default=None)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results.
+
+    Raises:
+        ValueError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from error
 
 
 def write_results(out: Path, stem: str, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], markdown: str) -> None:

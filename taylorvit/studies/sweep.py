@@ -10,40 +10,32 @@ from __future__ import annotations
 import json
 import os
 import queue
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 
-from taylorvit.cli import NON_FINITE_EXIT_CODE
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
+from taylorvit.data import build_dataset, check_num_classes, check_sequences
 from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import evaluate_checkpoint
 from taylorvit.models import attention_forms, build_model
 from taylorvit.provenance import git_state
-from taylorvit.run_folder import RunFolder, replace_file
+from taylorvit.run_folder import replace_file
 from taylorvit.saving import changed_settings
+from taylorvit.studies.results import make_folder
+from taylorvit.studies.trainings import Trainings
 from taylorvit.weights import load_weights
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-STOPPED = {130: signal.SIGINT, 143: signal.SIGTERM}  # exit codes of a training that saved and left
-
-
-class StudyStopped(SystemExit):
-    """The study was asked to stop, and every cell has saved; `code` is the exit code of the program."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +60,11 @@ class Plan:
     result: Path
 
     @property
+    def arguments(self) -> list[str]:
+        """What train.py is told behind the configuration files."""
+        return [*self.cell.arguments, f"--run_dir={self.config.run_dir}", "--resume=auto"]
+
+    @property
     def is_finished(self) -> bool:
         """Whether the cell has a result."""
         return self.result.exists()
@@ -90,8 +87,8 @@ def run_cells(
         jobs: cells that train at the same time. They share the cores; with GPUs each sees one of them.
 
     Raises:
-        ValueError: no cells, a setting that is not valid, or a result in `out` that belongs to other settings; before anything
-            is trained.
+        ValueError: no cells, a setting that is not valid, data that cannot be opened, or a result in `out` that belongs to
+            other settings; before anything is trained.
         StudyStopped: a signal; the same call continues.
         RuntimeError: a training failed; the message ends with what it said.
     """
@@ -100,6 +97,7 @@ def run_cells(
     if done := len(plans) - len(waiting):
         print(f"{done} of {len(plans)} cells are finished already", flush=True)
     if waiting:
+        check_data(waiting[0].config)
         _run_waiting(waiting, [*launcher, str(TRAIN), *_config_arguments(configs)], jobs)
     return [json.loads(plan.result.read_text(encoding="utf-8")) for plan in plans]
 
@@ -130,25 +128,23 @@ def plan_cells(cells: Sequence[Cell], *, configs: Sequence[Path], out: Path) -> 
     return plans
 
 
+def check_data(config: Config) -> None:
+    """Open every split that a cell will need, so that a wrong one is not met after hours of training.
+
+    Raises:
+        ValueError: a split cannot be opened, or does not fit the model.
+    """
+    for split in (config.data.train_split, config.data.val_split, config.data.test_split):
+        if split is not None:
+            dataset = build_dataset(config.data, split, in_chans=config.model.in_chans)
+            check_num_classes(dataset, config.model.num_classes)
+            check_sequences(dataset, config.model)
+
+
 def refuse_launcher() -> None:
     """Raise a ValueError in one of several processes: a study starts its trainings itself."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a study is one process that launches its trainings: start it with python and name --launcher")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder for results.
-
-    Raises:
-        ValueError: it cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from error
 
 
 def _config_arguments(configs: Sequence[Path]) -> list[str]:
@@ -174,99 +170,30 @@ def _run_waiting(plans: Sequence[Plan], command: list[str], jobs: int) -> None:
         slots.put(slot)
     judging = threading.Lock()  # models are judged in this process, one at a time
 
-    with _Trainings() as trainings, ThreadPoolExecutor(jobs) as pool:
+    with Trainings(jobs) as trainings, ThreadPoolExecutor(jobs) as pool:
 
         def run(plan: Plan) -> None:
-            slot = slots.get()
+            slot, started = slots.get(), time.monotonic()
             try:
-                code, seconds = trainings.train(plan, command, slot, jobs)
+                end = trainings.train([*command, *plan.arguments], plan.config.run_dir, slot)
             finally:
                 slots.put(slot)
-            if code is None:
+            if end == "stopped":
                 return
+            seconds = time.monotonic() - started
             with judging:
-                result = judge(plan, diverged=code == NON_FINITE_EXIT_CODE, seconds=seconds)
+                result = judge(plan, diverged=end == "diverged", seconds=seconds)
             replace_file(plan.result, json.dumps(result, indent=1) + "\n")
             print(f"{plan.cell.name}: {_summary(result)} in {seconds:.0f} s", flush=True)
 
         futures = [pool.submit(run, plan) for plan in plans]
-        for future in futures:
-            try:
+        try:
+            for future in as_completed(futures):
                 future.result()
-            except BaseException:
-                trainings.stop(signal.SIGTERM)
-                raise
+        except BaseException:
+            trainings.stop(signal.SIGTERM)
+            raise
         trainings.raise_if_stopped()
-
-
-class _Trainings:
-    """The training processes that run now; a signal to the study is passed on to them, and no new one starts after it."""
-
-    def __init__(self) -> None:
-        self.running: set[subprocess.Popen[bytes]] = set()
-        self.stopped: int | None = None
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Trainings:
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._on_signal) for number in STOPPED.values()}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stop(number)
-
-    def stop(self, number: int) -> None:
-        """Pass a signal on to every training, which then saves and leaves."""
-        self.stopped = number
-        for process in list(self.running):
-            process.send_signal(number)
-
-    def raise_if_stopped(self) -> None:
-        """Raise StudyStopped after a signal."""
-        if self.stopped is not None:
-            raise StudyStopped(128 + self.stopped)
-
-    def train(self, plan: Plan, command: list[str], slot: int, jobs: int) -> tuple[int | None, float]:
-        """Run one training to its end; return its exit code and seconds, code None where it was stopped before."""
-        if self.stopped is not None:
-            return None, 0.0
-        run = RunFolder(plan.config.run_dir)
-        run.path.mkdir(parents=True, exist_ok=True)
-        arguments = [*command, *plan.cell.arguments, f"--run_dir={run.path}", "--resume=auto"]
-        log, started = run.path / "train.log", time.monotonic()
-        with log.open("ab") as file, self._process(arguments, file, slot, jobs) as process:
-            code = process.wait()
-        if code in STOPPED or (code == 0 and run.read_status().get("state") != "finished"):
-            self.stopped = self.stopped or STOPPED.get(code, signal.SIGTERM)
-            return None, 0.0
-        if code not in (0, NON_FINITE_EXIT_CODE):
-            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"])[-1]
-            raise RuntimeError(f"{plan.cell.name}: {shlex.join(arguments)} ended with code {code}: {last}")
-        return code, time.monotonic() - started
-
-    @contextmanager
-    def _process(self, arguments: list[str], log: Any, slot: int, jobs: int) -> Iterator[subprocess.Popen[bytes]]:
-        with subprocess.Popen(arguments, stdout=log, stderr=log, env=_environment(slot, jobs)) as process:
-            self.running.add(process)
-            try:
-                yield process
-            finally:
-                self.running.discard(process)
-
-
-def _environment(slot: int, jobs: int) -> dict[str, str]:
-    """Share cores, and GPUs where there are some, between the cells that train at the same time."""
-    if jobs == 1:
-        return dict(os.environ)
-    shared = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs))}
-    if torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-        shared["CUDA_VISIBLE_DEVICES"] = visible[slot % len(visible)]
-    return os.environ | shared
 
 
 def judge(plan: Plan, *, diverged: bool, seconds: float) -> dict[str, Any]:

@@ -166,15 +166,18 @@ def refuse_second_start(config: Config, run: RunFolder) -> None:
         raise ValueError(f"run_dir: {run.path} holds a run already; continue it with --resume auto, or name another folder")
 
 
-def changed_settings(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+def changed_settings(
+    saved: dict[str, Any], config: Config, *, free: tuple[str, ...] = FREE_TO_CHANGE
+) -> dict[str, tuple[Any, Any]]:
     """Return the settings that make another run, with their value before and now.
 
     Args:
         saved: flattened config; a key that did not exist yet when it was saved had the effect of its default.
         config: of this start.
+        free: prefixes of settings that may differ all the same.
     """
     before, now = flatten(Config()) | saved, flatten(config_to_dict(config))
-    return {key: (before[key], now[key]) for key in now if before[key] != now[key] and not key.startswith(FREE_TO_CHANGE)}
+    return {key: (before[key], now[key]) for key in now if before[key] != now[key] and not key.startswith(free)}
 
 
 def check_same_run(saved: dict[str, Any], config: Config) -> None:

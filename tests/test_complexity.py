@@ -157,7 +157,7 @@ def test_efficient_form_is_linear_in_tokens_and_cubic_in_head_dim() -> None:
 def test_errors_quote_the_value() -> None:
     with pytest.raises(ValueError, match=r"packing must be .* got 'half'"):
         quadratic_features(8, "half")
-    with pytest.raises(ValueError, match="must divide embed_dim 192, got 5"):
+    with pytest.raises(ValueError, match=r"must divide the width 192: one of \[1, 2, 3, .*\], got 5"):
         ops_mhsa("direct", 197, 192, 5)
     with pytest.raises(ValueError, match="got 0"):
         entries_mhsa("direct", 197, 192, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from taylorvit.data import (
     check_no_augment,
     check_sequences,
     dataset_fingerprint,
+    share_samples,
 )
-from taylorvit.data.subset import parse_split
+from taylorvit.data.subset import Subset, parse_split
 
 SEQUENCE = ModelConfig(name="taylorvit_sequence", vocab_size=256, max_length=64)
 
@@ -67,8 +69,6 @@ def test_parts_of_a_split_are_disjoint_complete_and_have_all_classes(digits: Dat
 
 @pytest.mark.parametrize("size", [50_000, 60_000])
 def test_of_round_sets_exactly_a_tenth_is_held_out(size: int) -> None:
-    from taylorvit.data.subset import Subset
-
     class Numbers:
         classes = ["a"]
 
@@ -107,14 +107,41 @@ def test_an_empty_part_is_refused(tmp_path: Path) -> None:
         build_dataset(DataConfig(root=str(tmp_path)), "train[90%:]", in_chans=1)
 
 
-def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(3, 2), (2, 3)])
+def test_an_image_of_another_size_is_named(size: tuple[int, int], tmp_path: Path) -> None:
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     Image.new("L", (2, 2)).save(folder / "0.png")
-    Image.new("L", (3, 2)).save(folder / "1.png")
+    Image.new("L", size).save(folder / "1.png")
     dataset = build_dataset(DataConfig(dataset="pixels/folder", root=str(tmp_path)), "train", in_chans=1)
-    with pytest.raises(ImageError, match=r"1.png has 3 x 2 pixels, the first image 2 x 2"):
+    with pytest.raises(ImageError, match=rf"1.png has {size[0]} x {size[1]} pixels, the first image 2 x 2"):
         dataset[1]
+
+
+def test_parts_of_sets_that_have_no_names_differ_in_their_fingerprint() -> None:
+    class Numbers:
+        classes = ["a"]
+
+        def __len__(self) -> int:
+            return 100
+
+        def identity(self) -> list[bytes]:
+            return [b"title"]
+
+    first, second = Subset(Numbers(), 0, 10), Subset(Numbers(), 10, 20)
+    assert list(first.identity()) != list(second.identity())
+    assert not share_samples(first, second)
+    assert share_samples(first, Numbers())
+    assert share_samples(first, Subset(Numbers(), 9, 11))
+
+
+def test_folders_share_samples_only_with_themselves(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("L", (2, 2)).save(tmp_path / split / "a" / "0.png")
+    train, val = (build_dataset(DataConfig(root=str(tmp_path)), split, in_chans=1).source for split in ("train", "val"))
+    assert not share_samples(train, val)
+    assert share_samples(train, train)
 
 
 def test_an_unknown_image_set_is_named(tmp_path: Path) -> None:
@@ -139,6 +166,7 @@ def test_an_unknown_image_set_is_named(tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit_is_refused(digits: DataConfig, model: ModelConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_sequences(build_dataset(digits, "val", in_chans=1), model)
+    check_sequences(build_dataset(digits, "val", in_chans=1), dataclasses.replace(SEQUENCE, max_length=100))
 
 
 def test_images_for_a_sequence_model_are_refused(digits: DataConfig) -> None:
@@ -155,6 +183,7 @@ def test_augmentation_is_refused() -> None:
     check_no_augment(off)
     off.label_smoothing = 0.1
     check_no_augment(off)
-    off.hflip = 0.5
-    with pytest.raises(ValueError, match="augment.hflip is 0.5, but sequences are not augmented: set it to 0"):
-        check_no_augment(off)
+    changes = {"crop": "simple", "hflip": 0.5, "three_augment": True, "color_jitter": 0.1, "auto_augment": "rand-m5"}
+    for key, value in (changes | {"random_erasing": 0.1, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}).items():
+        with pytest.raises(ValueError, match=f"augment.{key} is {value!r}, but sequences are not augmented: set it to "):
+            check_no_augment(dataclasses.replace(off, **{key: value}))

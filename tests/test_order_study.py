@@ -198,7 +198,8 @@ def test_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytes
     arguments = ["--part", "training", "--config", str(QUICKSTART), "--order", "2", "3", "--temperature_init", "1", "10"]
     arguments += ["--seeds", "0", "1", "--launcher", "accelerate launch", "--jobs", "2", "--out", str(tmp_path)]
     assert run_tool(monkeypatch, order_study.main, *arguments) == 0
-    assert given == {"configs": [QUICKSTART], "out": tmp_path, "launcher": ["accelerate", "launch"], "jobs": 2}
+    assert given == {"configs": [QUICKSTART], "out": tmp_path, "launcher": [given["launcher"][0], "launch"], "jobs": 2}
+    assert Path(given["launcher"][0]).name == "accelerate"
     assert "| taylor_order | 2 | 10.0 | 94.00 ± 0.00 | test | 2 | 0 | 1.50 to 1.50 |" in capsys.readouterr().out
     content = json.loads((tmp_path / "order_study_training.json").read_text())
     assert len(content["cells"]) == 2 * (2 * 3 + 1)

@@ -67,6 +67,13 @@ def test_rounding_stays_near_that_of_the_attention_itself(form: str, dtype: torc
     assert error < 3 * torch.finfo(dtype).eps
 
 
+@each_form
+def test_infinities_that_are_left_out_do_no_harm(form: str) -> None:
+    tensors, mask = inputs()
+    tensors[2][0, :, ~mask[0]] = torch.inf
+    assert bool(taylor_attention(*tensors, form=form, impl="reference", key_mask=mask).isfinite().all())
+
+
 def test_the_mask_of_all_keys_is_no_mask() -> None:
     tensors, _ = inputs()
     everything = torch.ones(2, 20, dtype=torch.bool)

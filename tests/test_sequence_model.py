@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import taylorvit  # noqa: F401  registers the models
@@ -65,8 +66,13 @@ def test_padding_changes_nothing(attention: str, global_pool: str) -> None:
     assert not torch.allclose(encoder(attention=attention, global_pool=global_pool)(padded), model(x), atol=1e-3)
 
 
+def test_without_padding_the_mask_changes_nothing() -> None:
+    """The class token is no padding, whatever the mask says of the tokens."""
+    torch.testing.assert_close(encoder(padding_idx=0)(tokens()), encoder()(tokens()))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    model, x = encoder(padding_idx=0), tokens()
+    model, x = encoder(padding_idx=0), nn.functional.pad(tokens(8), (0, 4))
     gradients = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -87,6 +93,52 @@ def test_timm_conventions() -> None:
     with pytest.raises(ValueError, match="global_pool is 'token' for good, got 'avg'"):
         model.reset_classifier(7, "avg")
     assert model.no_weight_decay() == {"embedding.weight", "cls_token", "*.temperature"}
+    assert encoder().forward_head(torch.zeros(2, 13, 16)).shape == (2, 4)
+    with pytest.raises(ValueError, match="needs the tokens that the features are of"):
+        encoder(global_pool="avg", padding_idx=0).forward_head(torch.zeros(2, 12, 16))
+    with pytest.raises(ValueError, match="features_only must be False"):
+        timm.create_model("taylorvit_sequence", features_only=True, **SIZES)
+
+
+def test_what_it_starts_from() -> None:
+    model = SequenceEncoder(**SIZES)
+    assert not model.head.weight.any()
+    assert not any("ls1" in name for name, _ in model.named_parameters())
+    assert any("ls1" in name for name, _ in SequenceEncoder(init_values=1e-4, **SIZES).named_parameters())
+    assert "positions" not in model.state_dict()
+    assert 0.8 < float(model.embedding.weight.detach().std()) < 1.2
+    half = SequenceEncoder(dtype=torch.bfloat16, **SIZES)
+    half.reset_classifier(3)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_a_model_from_meta_is_initialised() -> None:
+    model = SequenceEncoder(device="meta", **SIZES).to_empty(device="cpu")
+    model.init_weights()
+    torch.testing.assert_close(model.positions, sinusoidal_positions(12, 16))
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_layer_decay_counts_layers() -> None:
+    model = encoder()
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    found = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found["embedding.weight"] == found["cls_token"] == 0.125
+    assert (found["blocks.0.attn.qkv.weight"], found["blocks.1.attn.qkv.weight"]) == (0.25, 0.5)
+    assert found["head.weight"] == 1.0
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 0, "global_pool": "avg"}, {"attention": "softmax", "padding_idx": 0}])
+def test_export_with_any_batch_and_length_and_fx(options: dict) -> None:
+    model = encoder(**options, attention_options={"form": "direct"} if options.get("attention") != "softmax" else {})
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=12)
+    with torch.no_grad():
+        exported = torch.export.export(model, (tokens(8),), dynamic_shapes=({0: batch, 1: length},), strict=False).module()
+        for x in (tokens(8), tokens(11)[:2]):
+            torch.testing.assert_close(exported(x), model(x))
+        if not options:
+            torch.testing.assert_close(torch.fx.symbolic_trace(model)(tokens(8)), model(tokens(8)))
 
 
 def test_every_parameter_gets_a_gradient_and_drop_path_rises() -> None:
@@ -130,5 +182,6 @@ def test_bad_tokens_are_named() -> None:
     model = encoder()
     with pytest.raises(ValueError, match="at most max_length 12 tokens, got 13"):
         model(torch.zeros(1, 13, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"whole numbers \(B, N\), got torch.float32 \(1, 3, 4\)"):
-        model(torch.zeros(1, 3, 4))
+    for x in (torch.zeros(1, 3, 4, dtype=torch.long), torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"tokens must be int64 or int32 \(B, N\), got torch"):
+            model(x)

@@ -103,6 +103,18 @@ def test_a_cell_is_trained_and_judged_on_both_splits_and_never_again(
     assert "1 of 1 cells are finished already" in capsys.readouterr().out
 
 
+def test_a_result_is_of_the_checkpoint_that_validation_chose(tmp_path: Path) -> None:
+    """The averaged weights where those rank the checkpoints, and not the newest ones."""
+    small = ("--schedule.epochs=3", "--model.depth=1", "--train.global_batch_size=256", f"--data.root={tmp_path / 'digits'}")
+    ema = ("--train.ema_decay=0.5", "--checkpoint.metric=ema_top1", "--evaluate.every_epochs=1", "--checkpoint.every_epochs=1")
+    arguments = ("--schedule.warmup_epochs=0", "--optim.lr=0.05", "--device=cpu", *small, *ema)
+    (row,) = run_cells([Cell({"seed": 0}, arguments)], configs=[CONFIG], out=tmp_path / "study")
+    logged = [record for record in RunFolder(tmp_path / "study" / "runs" / "seed-0").read_metrics() if "ema_top1" in record]
+    best = max(record["ema_top1"] for record in logged)
+    assert row["val_top1"] == best
+    assert row["val_loss"] in [record["ema_loss"] for record in logged if record["ema_top1"] == best]
+
+
 def test_every_training_gets_its_settings_and_its_folder(tmp_path: Path, launcher: list[str]) -> None:
     rows = run_cells([cell(0), cell(1, "--model.num_heads=8")], configs=[CONFIG], out=tmp_path, launcher=launcher, jobs=2)
     assert [row["seed"] for row in rows] == [0, 1]
@@ -150,6 +162,9 @@ def test_a_failed_cell_lets_the_others_save(tmp_path: Path, launcher: list[str])
         ("--data.test_split=nonsense", "has no folder 'nonsense'"),
         ("--model.num_classes=11", "model.num_classes is 11, but the data has 10 classes"),
         ("--model.max_length=63", "model.max_length is 63, but the data needs 64"),
+        ("--augment.hflip=0.5", "augment.hflip is 0.5, but sequences are not augmented"),
+        ("--data.test_split=train[80%:]", "data.train_split 'train.:90%.' and data.test_split 'train.80%:.' share samples"),
+        ("--data.val_split=val", "data.val_split 'val' and data.test_split 'val' share samples"),
     ],
 )
 def test_data_that_a_cell_will_need_is_opened_first(setting: str, message: str, tmp_path: Path) -> None:
@@ -194,6 +209,9 @@ def test_a_result_of_other_settings_is_refused_before_anything_runs(tmp_path: Pa
         run_cells([cell(1), cell(0, "--model.depth=3")], configs=[CONFIG], out=tmp_path, launcher=launcher)
     assert calls(tmp_path, "seed-1") == []
     run_cells([cell(0, "--data.num_workers=1", "--log.every_updates=7")], configs=[CONFIG], out=tmp_path, launcher=launcher)
+    for setting in ("data.test_split=train", "schedule.stop_epoch=3", "evaluate.every_epochs=9"):
+        with pytest.raises(ValueError, match=f"made with other settings: {setting.partition('=')[0]}"):
+            run_cells([cell(0, f"--{setting}")], configs=[CONFIG], out=tmp_path, launcher=launcher)
     (tmp_path / "cells" / "seed-0.json").write_text("{}")
     with pytest.raises(ValueError, match="seed-0.json: it is not a cell's result"):
         run_cells([cell(0)], configs=[CONFIG], out=tmp_path, launcher=launcher)
@@ -205,6 +223,7 @@ def test_a_result_of_other_settings_is_refused_before_anything_runs(tmp_path: Pa
         ([], "there is nothing to train: the grid is empty"),
         ([cell(0), cell(0)], "the grid holds seed-0 twice"),
         ([cell(0), cell(1, "--model.num_heads=7")], r"num_heads must divide the width 64: one of \[1, 2, .*\], got 7"),
+        ([cell(0), cell(1, "--train.mixed_precision=bf16")], "train.mixed_precision: all cells of a study must have one"),
         ([cell(0, "--model.num_head=7")], "unknown key 'model.num_head'; did you mean 'model.num_heads'"),
     ],
 )
@@ -218,7 +237,7 @@ def test_bad_grids_are_refused_before_anything_runs(
 
 def test_an_unwritable_folder_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="--out .*file cannot be written: (Not a directory|File exists)"):
+    with pytest.raises(ValueError, match="file is a file"):
         plan_cells([cell(0)], configs=[CONFIG], out=tmp_path / "file")
     with pytest.raises(ValueError, match=r"no.yaml: No such file"):
         plan_cells([cell(0)], configs=[tmp_path / "no.yaml"], out=tmp_path / "out")
@@ -256,15 +275,16 @@ def test_seeds_become_mean_and_sample_deviation() -> None:
     assert mean_and_spread(rows[0], "val_loss") == "-"
     assert best_row(rows) is rows[0]  # a setting with which a seed diverged is no choice
     assert best_row([rows[1]]) is None
+    assert best_row([{"val_top1": None, "diverged": 0}]) is None
 
 
 def test_results_are_three_files(tmp_path: Path) -> None:
-    write_results(tmp_path, "study", {"commit": "abc"}, [{"a": 1, "b": float("nan")}, {"a": 2, "c": "x"}], "| table |")
+    write_results(tmp_path, "study", {"commit": "abc"}, [{"a": 1, "b": float("nan")}, {"a": 2, "c": float("inf")}], "| table |")
     assert json.loads((tmp_path / "study.json").read_text()) == {
         "commit": "abc",
-        "rows": [{"a": 1, "b": None}, {"a": 2, "c": "x"}],
+        "rows": [{"a": 1, "b": None}, {"a": 2, "c": None}],
     }
-    assert (tmp_path / "study.csv").read_text().splitlines() == ["a,b,c", "1,nan,", "2,,x"]
+    assert (tmp_path / "study.csv").read_text().splitlines() == ["a,b,c", "1,nan,", "2,,inf"]
     assert (tmp_path / "study.md").read_text() == "| table |\n"
 
 

@@ -21,7 +21,6 @@ import dataclasses
 import io
 import itertools
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ from taylorvit.studies.orders import (
     time_forms,
     training_cells,
 )
-from taylorvit.studies.results import make_folder
+from taylorvit.studies.results import finite, make_folder
 from taylorvit.studies.sweep import Cell, plan_cells, run_cells
 
 VARIED = ("model.attention_options.order", "model.attention_options.temperature_init")
@@ -138,7 +137,7 @@ class Files:
     def write(self, rows: Sequence[dict[str, Any]], markdown: str, **more: Any) -> None:
         """Write JSON, CSV and Markdown, and print the last."""
         content = {**self.header, "rows": rows, **more}
-        replace_file(self.stem.with_suffix(".json"), json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+        replace_file(self.stem.with_suffix(".json"), json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
         table = io.StringIO(newline="")
         writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -152,15 +151,6 @@ class Files:
         """Draw the picture."""
         draw(*rows, self.stem.with_suffix(".png"))
         print(self.stem.with_suffix(".png"), flush=True)
-
-
-def _finite(value: Any) -> Any:
-    """Return the value with None for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_options(options: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from taylorvit.complexity import head_dimension
 from taylorvit.ops import (
     check_form,
     check_impl,
@@ -75,16 +76,13 @@ class TaylorShift(nn.Module):
         temperature_init: float = 1.0,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            divisors = [n for n in range(1, dim + 1) if dim % n == 0]
-            raise ValueError(f"num_heads must divide the width {dim}: one of {divisors}, got {num_heads}")
         if attn_drop:
             raise ValueError(f"TaylorShift has no dropout on attention weights: attn_drop must be 0, got {attn_drop}")
         if (qk_norm or scale_norm) and norm_layer is None:
             raise ValueError("qk_norm and scale_norm need a norm_layer, got None")
         check_options(form=form, impl=impl, temperature_init=temperature_init)
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
+        self.head_dim = head_dimension(dim, num_heads)
         self.form = form
         self.impl = impl
         self.temperature_init = float(temperature_init)

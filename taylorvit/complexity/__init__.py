@@ -97,7 +97,7 @@ def ops_mhsa(form: Form, num_tokens: int, embed_dim: int, num_heads: int, packin
     Use it for model FLOP/s: one training step costs three times the forward pass by the usual convention. The projections
     around the core (qkv and output) are not in it.
     """
-    head_dim = _head_dim(embed_dim, num_heads)
+    head_dim = head_dimension(embed_dim, num_heads)
     if form == "direct":
         return num_heads * ops_direct(num_tokens, head_dim)
     return num_heads * ops_efficient(num_tokens, head_dim, packing)
@@ -105,13 +105,19 @@ def ops_mhsa(form: Form, num_tokens: int, embed_dim: int, num_heads: int, packin
 
 def entries_mhsa(form: Form, num_tokens: int, embed_dim: int, num_heads: int, packing: Packing = "none") -> int:
     """Count the numbers one attention layer's core holds at once, all heads."""
-    head_dim = _head_dim(embed_dim, num_heads)
+    head_dim = head_dimension(embed_dim, num_heads)
     if form == "direct":
         return num_heads * entries_direct(num_tokens, head_dim)
     return num_heads * entries_efficient(num_tokens, head_dim, packing)
 
 
-def _head_dim(embed_dim: int, num_heads: int) -> int:
+def head_dimension(embed_dim: int, num_heads: int) -> int:
+    """Return d = C / H.
+
+    Raises:
+        ValueError: it is no whole number; the message names those that would do.
+    """
     if num_heads < 1 or embed_dim % num_heads:
-        raise ValueError(f"num_heads must divide embed_dim {embed_dim}, got {num_heads}")
+        divisors = [n for n in range(1, embed_dim + 1) if embed_dim % n == 0]
+        raise ValueError(f"num_heads must divide the width {embed_dim}: one of {divisors}, got {num_heads}")
     return embed_dim // num_heads

@@ -10,6 +10,7 @@ from taylorvit.data.images import DATASETS, ImageDataset, ImageError
 from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
 from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
 from taylorvit.data.sequences import PIXELS, PixelDataset, build_dataset, check_no_augment, check_sequences
+from taylorvit.data.subset import share_samples
 
 __all__ = [
     "DATASETS",
@@ -36,4 +37,5 @@ __all__ = [
     "epoch_updates",
     "get_variant",
     "is_mixing",
+    "share_samples",
 ]

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
 
 from taylorvit.attention import bind_options
+from taylorvit.complexity import head_dimension
 
 __all__ = ["SequenceEncoder"]
 
@@ -41,14 +42,15 @@ class SequenceEncoder(nn.Module):
         attention: a name in `taylorvit.attention.ATTENTIONS`.
         attention_options: options of that attention, plain JSON types.
         global_pool: "token" reads the class token; "avg" has none and takes the mean over the tokens that are no padding.
-        padding_idx: token that fills short sequences up and is attended to by none; None: there is none.
+        padding_idx: token that fills short sequences up and is attended to by none; None: there is none. A sequence of nothing
+            else gives NaN with "avg".
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth at the last block, rising linearly from 0.
         device: of the parameters.
         dtype: of the parameters.
 
     Raises:
-        ValueError: a value that is not valid, or an attention that cannot leave padding out although padding_idx is given.
+        ValueError: a value that is not valid.
     """
 
     def __init__(
@@ -85,9 +87,8 @@ class SequenceEncoder(nn.Module):
 
         self.embedding = nn.Embedding(vocab_size, embed_dim, **factory)  # drawn from N(0, 1), the size of the positions
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **factory)) if self.num_prefix_tokens else None
-        positions = sinusoidal_positions(max_length, embed_dim, device=device).to(dtype or torch.get_default_dtype())
         self.positions: Tensor
-        self.register_buffer("positions", positions, persistent=False)  # (max_length, C)
+        self.register_buffer("positions", torch.empty(max_length, embed_dim, **factory), persistent=False)
         rates = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.Sequential(
             *(
@@ -111,8 +112,11 @@ class SequenceEncoder(nn.Module):
         if torch.device(device or "cpu").type != "meta":
             self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self) -> None:
-        """Draw the weights as timm draws those of a ViT; the classifier starts at 0."""
+        """Draw the weights as timm draws those of a ViT, and set the positions; the classifier starts at 0."""
+        self.positions.copy_(sinusoidal_positions(*self.positions.shape, device=self.positions.device))
+        self.embedding.reset_parameters()
         named_apply(partial(init_weights_vit_timm, needs_reset=False), self.blocks)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
@@ -159,22 +163,21 @@ class SequenceEncoder(nn.Module):
         Raises:
             ValueError: the sequences are too long, or no sequences of whole numbers.
         """
-        _check_tokens(tokens, self.max_length)
-        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]  # (B, N, C)
+        x = positions_of(tokens, self.positions) + self.embedding(tokens)  # (B, N, C)
         keep = None if self.padding_idx is None else tokens != self.padding_idx  # (B, N)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, C)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, C)
             keep = None if keep is None else nn.functional.pad(keep, (1, 0), value=True)
         attn_mask = None if keep is None else keep[:, None, None, :]  # (B, 1, 1, N): the same keys for every head and query
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, attn_mask=attn_mask)
-            else:
-                x = block(x, attn_mask=attn_mask)
+            x = checkpoint(block, x, attn_mask=attn_mask) if self.grad_checkpointing else block(x, attn_mask=attn_mask)
         return self.norm(x)
 
-    def forward_head(self, x: Tensor, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool and classify: features (B, N', C) of these tokens (B, N) -> (B, num_classes), or (B, C) with pre_logits."""
+    def forward_head(self, x: Tensor, tokens: Tensor | None = None, pre_logits: bool = False) -> Tensor:
+        """Pool and classify: features (B, N', C) -> (B, num_classes), or (B, C) with pre_logits.
+
+        The tokens (B, N) that the features are of are needed by global_pool "avg" where there is padding.
+        """
         pooled = x[:, 0] if self.global_pool == "token" else self._mean(x, tokens)
         pooled = self.head_drop(pooled)
         return pooled if pre_logits else self.head(pooled)
@@ -183,11 +186,13 @@ class SequenceEncoder(nn.Module):
         """Classify: (B, N) int64 -> (B, num_classes)."""
         return self.forward_head(self.forward_features(tokens), tokens)
 
-    def _mean(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def _mean(self, x: Tensor, tokens: Tensor | None) -> Tensor:
         if self.padding_idx is None:
             return x.mean(dim=1)
-        keep = (tokens != self.padding_idx).unsqueeze(-1).to(x.dtype)  # (B, N, 1)
-        return (x * keep).sum(dim=1) / keep.sum(dim=1).clamp_min(1)
+        if tokens is None:
+            raise ValueError("global_pool 'avg' with padding_idx needs the tokens that the features are of, got None")
+        keep = (tokens != self.padding_idx).unsqueeze(-1)  # (B, N, 1)
+        return x.masked_fill(~keep, 0).sum(dim=1) / keep.sum(dim=1)
 
 
 def sinusoidal_positions(length: int, width: int, *, device: Any = None) -> Tensor:
@@ -202,20 +207,27 @@ def sinusoidal_positions(length: int, width: int, *, device: Any = None) -> Tens
 
 
 def _check(embed_dim: int, num_heads: int, global_pool: str, padding_idx: int | None, vocab_size: int) -> None:
-    if num_heads < 1 or embed_dim % num_heads:
-        divisors = [n for n in range(1, embed_dim + 1) if embed_dim % n == 0]
-        raise ValueError(f"num_heads must divide the width {embed_dim}: one of {divisors}, got {num_heads}")
+    head_dimension(embed_dim, num_heads)
     if global_pool not in POOLS:
         raise ValueError(f"global_pool must be one of {', '.join(POOLS)}, got {global_pool!r}")
     if padding_idx is not None and not 0 <= padding_idx < vocab_size:
         raise ValueError(f"padding_idx must be a token, 0 to {vocab_size - 1}, got {padding_idx}")
 
 
-def _check_tokens(tokens: Tensor, max_length: int) -> None:
-    if tokens.ndim != 2 or tokens.is_floating_point():
-        raise ValueError(f"tokens must be whole numbers (B, N), got {tokens.dtype} {tuple(tokens.shape)}")
-    if tokens.shape[1] > max_length:
-        raise ValueError(f"sequences have at most max_length {max_length} tokens, got {tokens.shape[1]}")
+def positions_of(tokens: Tensor, positions: Tensor) -> Tensor:
+    """Return the positions (N, C) of tokens (B, N), out of those of the longest sequence.
+
+    Raises:
+        ValueError: the sequences are too long, or no sequences of tokens.
+    """
+    if tokens.ndim != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens must be int64 or int32 (B, N), got {tokens.dtype} {tuple(tokens.shape)}")
+    if tokens.shape[1] > len(positions):
+        raise ValueError(f"sequences have at most max_length {len(positions)} tokens, got {tokens.shape[1]}")
+    return positions[: tokens.shape[1]]
+
+
+torch.fx.wrap("positions_of")  # looks at shapes that FX tracing does not know
 
 
 default_cfgs = generate_default_cfgs(
@@ -225,7 +237,13 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def taylorvit_sequence(pretrained: bool = False, **kwargs: Any) -> SequenceEncoder:
-    """Build a sequence encoder; vocab_size and max_length must be given, the rest is the paper's model for CIFAR pixels."""
+    """Build a sequence encoder; vocab_size and max_length must be given, the rest is the paper's model for CIFAR pixels.
+
+    Raises:
+        ValueError: features_only, as there are no feature maps, or see `SequenceEncoder`.
+    """
+    if kwargs.pop("features_only", False):
+        raise ValueError("taylorvit_sequence has no feature maps: features_only must be False, got True")
     return build_model_with_cfg(
         SequenceEncoder, "taylorvit_sequence", pretrained, kwargs_filter=("in_chans", "img_size"), **kwargs
     )

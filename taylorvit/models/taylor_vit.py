@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 from taylorvit.attention import bind_options
+from taylorvit.complexity import head_dimension
 
 __all__ = ["TaylorViT"]
 
@@ -53,9 +54,7 @@ def _check_geometry(
     dynamic_img_pad: bool = False,
     **_: Any,
 ) -> None:
-    if num_heads < 1 or embed_dim % num_heads:
-        divisors = [n for n in range(1, embed_dim + 1) if embed_dim % n == 0]
-        raise ValueError(f"num_heads must divide the width {embed_dim}: one of {divisors}, got {num_heads}")
+    head_dimension(embed_dim, num_heads)  # softmax, too, then says which numbers would do
     sides = (img_size, img_size) if isinstance(img_size, int) else img_size
     patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     if not dynamic_img_pad and any(side < 1 or side % size for side, size in zip(sides, patch, strict=True)):

@@ -34,8 +34,8 @@ def attend_to_some(
 
     A sample whose keys are all left out gives NaN.
     """
-    kept = key_mask[:, None, :, None]  # (B, 1, N, 1)
-    k, v = k * kept, v * kept
+    left_out = ~key_mask[:, None, :, None]  # (B, 1, N, 1)
+    k, v = k.masked_fill(left_out, 0), v.masked_fill(left_out, 0)  # not times 0: there may be infinities
     num_kept = key_mask.sum(dim=-1)[:, None, None, None]  # (B, 1, 1, 1)
     num_tokens = k.shape[-2]
     sums = row_sums(q, k, temperature, num_kept)  # (B, H, N, 1)

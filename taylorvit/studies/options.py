@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
@@ -55,11 +56,13 @@ def settings_of(options: argparse.Namespace, attention: str, *, varied: Sequence
 
 
 def _launcher(text: str) -> list[str]:
-    """Read the command that starts a training."""
+    """Read the command that starts a training; its program may lie beside Python, as in an environment that is not active."""
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no command: {error}") from error
-    if not words or not shutil.which(words[0]):
+    places = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])
+    program = shutil.which(words[0], path=places) if words else None
+    if program is None:
         raise argparse.ArgumentTypeError(f"there is no program {words[0] if words else ''!r}")
-    return words
+    return [program, *words[1:]]

@@ -60,7 +60,7 @@ def make_folder(folder: Path) -> None:
 
 def write_results(out: Path, stem: str, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], markdown: str) -> None:
     """Write `stem.json` (header and rows), `stem.csv` (rows) and `stem.md` into the folder, each replaced atomically."""
-    replace_file(out / f"{stem}.json", json.dumps({**header, "rows": _plain(rows)}, indent=1, allow_nan=False) + "\n")
+    replace_file(out / f"{stem}.json", json.dumps(finite({**header, "rows": rows}), indent=1, allow_nan=False) + "\n")
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()
@@ -87,9 +87,10 @@ def _deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _plain(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """JSON has no NaN and no infinity: they become null."""
-    return [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        for row in rows
-    ]
+def finite(value: Any) -> Any:
+    """Return the value with None for NaN and infinities, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,6 +7,7 @@ killed is continued by the same command.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -20,21 +21,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
-from taylorvit.data import build_dataset, check_num_classes, check_sequences
+from taylorvit.data import PIXELS, build_dataset, check_no_augment, check_num_classes, check_sequences, share_samples
 from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import evaluate_checkpoint
 from taylorvit.models import attention_forms, build_model
 from taylorvit.provenance import git_state
-from taylorvit.run_folder import replace_file
-from taylorvit.saving import changed_settings
+from taylorvit.run_folder import RunFolder, replace_file
+from taylorvit.saving import changed_settings, describe_start
 from taylorvit.studies.results import make_folder
 from taylorvit.studies.trainings import Trainings
 from taylorvit.weights import load_weights
 
+# Prefixes of settings that change nothing in a cell's result: where and how it was computed.
+FREE_IN_RESULTS = (
+    "run_dir",
+    "resume",
+    "allow_change",
+    "device",
+    "timeout_seconds",
+    "log.",
+    "checkpoint.keep_last",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.pin_memory",
+    "train.micro_batch_size",
+    "train.compile",
+    "train.grad_checkpointing",
+    "train.channels_last",
+)
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 
 
@@ -77,7 +95,8 @@ def run_cells(
 
     A result holds the labels, `status` ("ok", or "diverged" where the loss was not finite), `val_top1` and `val_loss` of the
     checkpoint that validation chose, `test_top1` and `test_loss` of the same on `data.test_split` (None without one), all in
-    per cent and nats, `form`, `parameters`, `temperatures` (a list a layer), `train_seconds`, `commit` and `config`.
+    per cent and nats, `form` (in training), `parameters`, `temperatures` (a list a layer), `train_seconds` (of the last start),
+    `commit` and `config`.
 
     Args:
         cells: with names that differ.
@@ -96,8 +115,9 @@ def run_cells(
     waiting = [plan for plan in plans if not plan.is_finished]
     if done := len(plans) - len(waiting):
         print(f"{done} of {len(plans)} cells are finished already", flush=True)
+    for config in {str(plan.config.data) + str(plan.config.augment): plan.config for plan in waiting}.values():
+        check_data(config)
     if waiting:
-        check_data(waiting[0].config)
         _run_waiting(waiting, [*launcher, str(TRAIN), *_config_arguments(configs)], jobs)
     return [json.loads(plan.result.read_text(encoding="utf-8")) for plan in plans]
 
@@ -121,8 +141,13 @@ def plan_cells(cells: Sequence[Cell], *, configs: Sequence[Path], out: Path) -> 
         config, _ = load_config([*_config_arguments(configs), *settings])
         build_model(config.model, device="meta")
         plan = Plan(cell, config, out / "cells" / f"{cell.name}.json")
-        _refuse_other_result(plan)
+        if plan.is_finished:
+            _refuse_other_result(plan)
+        else:
+            describe_start(config, RunFolder(config.run_dir))
         plans.append(plan)
+    if len({plan.config.train.mixed_precision for plan in plans}) > 1:
+        raise ValueError("train.mixed_precision: all cells of a study must have one, as they are judged in one process")
     make_folder(out)
     (out / "cells").mkdir(exist_ok=True)
     return plans
@@ -132,13 +157,21 @@ def check_data(config: Config) -> None:
     """Open every split that a cell will need, so that a wrong one is not met after hours of training.
 
     Raises:
-        ValueError: a split cannot be opened, or does not fit the model.
+        ValueError: a split cannot be opened, does not fit the model, or shares samples with another one.
     """
-    for split in (config.data.train_split, config.data.val_split, config.data.test_split):
-        if split is not None:
-            dataset = build_dataset(config.data, split, in_chans=config.model.in_chans)
+    if config.data.dataset.startswith(PIXELS):
+        check_no_augment(config.augment)
+    data, opened = config.data, {}
+    for key in ("train_split", "val_split", "test_split"):
+        if (split := getattr(data, key)) is not None:
+            dataset = build_dataset(data, split, in_chans=config.model.in_chans)
             check_num_classes(dataset, config.model.num_classes)
             check_sequences(dataset, config.model)
+            opened[key] = dataset
+    for first, second in itertools.combinations(opened, 2):
+        if share_samples(opened[first].source, opened[second].source):
+            given = f"data.{first} {getattr(data, first)!r} and data.{second} {getattr(data, second)!r}"
+            raise ValueError(f"{given} share samples: what is reported must have chosen nothing; use parts such as train[:90%]")
 
 
 def refuse_launcher() -> None:
@@ -152,13 +185,11 @@ def _config_arguments(configs: Sequence[Path]) -> list[str]:
 
 
 def _refuse_other_result(plan: Plan) -> None:
-    if not plan.is_finished:
-        return
     try:
         saved = flatten(json.loads(plan.result.read_text(encoding="utf-8"))["config"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{plan.result}: it is not a cell's result ({error!r}); remove it to run the cell again") from error
-    if changed := changed_settings(saved, plan.config):
+    if changed := changed_settings(saved, plan.config, free=FREE_IN_RESULTS):
         shown = "; ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
         raise ValueError(f"{plan.result} was made with other settings: {shown}; choose another --out, or remove it")
 
@@ -173,6 +204,8 @@ def _run_waiting(plans: Sequence[Plan], command: list[str], jobs: int) -> None:
     with Trainings(jobs) as trainings, ThreadPoolExecutor(jobs) as pool:
 
         def run(plan: Plan) -> None:
+            if plan.is_finished:  # by another program with the same folder
+                return
             slot, started = slots.get(), time.monotonic()
             try:
                 end = trainings.train([*command, *plan.arguments], plan.config.run_dir, slot)
@@ -219,18 +252,17 @@ def judge(plan: Plan, *, diverged: bool, seconds: float) -> dict[str, Any]:
             evaluation = evaluate_checkpoint(state, source, test, accelerator).evaluation
             result |= {"test_top1": evaluation.top1, "test_loss": evaluation.loss}
         result["temperatures"] = [value.tolist() for name, value in state.items() if name.endswith(".temperature")]
-    model = build_model(config.model, device="meta")
+    model = build_model(config.model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if config.device != "cpu" and torch.cuda.is_available():
+        model.cuda()
     return result | {
-        "form": "+".join(dict.fromkeys(attention_forms(model))),
-        "parameters": _count(model),
+        "form": "+".join(dict.fromkeys(attention_forms(model, training=True))),
+        "parameters": parameters,
         "train_seconds": round(seconds, 1),
         "commit": (git_state() or {}).get("commit"),
         "config": config_to_dict(config),
     }
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -47,7 +47,8 @@ class Trainings:
 
     def __enter__(self) -> Trainings:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in STOPPED.values()}
+            signals = (*STOPPED.values(), signal.SIGHUP)  # a closed terminal does not reach the process groups by itself
+            self._before = {number: signal.signal(number, self._on_signal) for number in signals}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -55,7 +56,7 @@ class Trainings:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.stop(number)
+        self.stop(signal.SIGTERM if number == signal.SIGHUP else number)
 
     def stop(self, number: int) -> None:
         """Pass a signal on to every training, which then saves and leaves."""
@@ -111,7 +112,7 @@ class Trainings:
             return "stopped"
         if code == NON_FINITE_EXIT_CODE or "NonFiniteError" in status.get("message", ""):
             return "diverged"
-        said = status.get("message") or _last_words(log)
+        said = status["message"] if status.get("state") == "failed" else _last_words(log)
         if code == 2:
             raise ValueError(f"{shlex.join(command)}: {said}")
         raise RuntimeError(f"{shlex.join(command)} ended with code {code}: {said} (all of it: {log})")

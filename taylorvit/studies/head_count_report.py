@@ -124,6 +124,7 @@ def draw(accuracies: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     panels = 3 if accuracies else 2
     figure, axes = plt.subplots(1, panels, figsize=(5.4 * panels, 4.6), layout="constrained")
@@ -134,7 +135,7 @@ def draw(accuracies: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str
     for axis in axes:
         axis.set(xscale="log", xlabel="heads H (head dimension d)")
         axis.set_xticks(list(counts), [f"{heads}\n({dim})" for heads, dim in counts.items()])
-        axis.minorticks_off()
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(out, dpi=100)
@@ -152,6 +153,8 @@ def _draw_accuracy(axis: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_costs(speed: Any, memory: Any, rows: Sequence[Mapping[str, Any]], batch_size: int) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     for run, color in zip(MEASURED, ("tab:blue", "tab:orange", "tab:green")):
         own = _of(rows, run)
         heads = [row["num_heads"] for row in own]
@@ -164,4 +167,7 @@ def _draw_costs(speed: Any, memory: Any, rows: Sequence[Mapping[str, Any]], batc
         held = [None if row["peak_bytes"] is None else (row["peak_bytes"] + row["weight_bytes"]) / MIB for row in own]
         memory.plot(heads, held, color=color, marker="o", label=label)
     speed.set(title="throughput, inference", ylabel="samples a second", yscale="log")
-    memory.set(title=f"peak memory, inference, batch {batch_size}", ylabel="MiB, weights included", yscale="log")
+    speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    speed.yaxis.set_major_formatter("{x:,.0f}")
+    speed.yaxis.set_minor_locator(NullLocator())
+    memory.set(title=f"peak memory, inference, batch {batch_size}", ylabel="MiB, weights included", ylim=(0, None))

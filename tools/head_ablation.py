@@ -36,7 +36,7 @@ from taylorvit.studies import head_count_report
 from taylorvit.studies.head_count import Measuring, check_measured, measure_head_counts, theory
 from taylorvit.studies.model_candidates import PRECISIONS
 from taylorvit.studies.model_passes import Settings
-from taylorvit.studies.options import add_sweep_options, settings_of
+from taylorvit.studies.options import add_sweep_options, config_arguments, settings_of
 from taylorvit.studies.results import summarise, write_results
 from taylorvit.studies.sweep import Cell, plan_cells, run_cells
 
@@ -81,8 +81,7 @@ def build_cells(options: argparse.Namespace) -> list[Cell]:
 
 def measured_model(options: argparse.Namespace) -> ModelConfig:
     """Return the configured model with TaylorShift, whose options are those of the configuration where it has that."""
-    files = [word for path in options.config for word in ("--config", str(path))]
-    return load_config([*files, *settings_of(options, "taylorshift", varied=VARIED)])[0].model
+    return load_config([*config_arguments(options.config), *settings_of(options, "taylorshift", varied=VARIED)])[0].model
 
 
 def main() -> int:

@@ -144,11 +144,8 @@ def theory(model: ModelConfig, num_heads: int) -> dict[str, Any]:
     """
     config = dataclasses.replace(model, num_heads=num_heads)
     structure = inspect_model(Candidate("theory", config, "taylorshift"), training=False, device="cpu")
-    embed_dim, num_tokens, depth = (
-        structure.embed_dim,
-        structure.num_tokens,
-        len(attention_forms(build_model(config, device="meta"))),
-    )
+    embed_dim, num_tokens = structure.embed_dim, structure.num_tokens
+    depth = len(attention_forms(build_model(config, device="meta")))
     assert embed_dim is not None
     assert num_tokens is not None
     head_dim = embed_dim // num_heads

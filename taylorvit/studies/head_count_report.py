@@ -50,8 +50,6 @@ def report(
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
     header = ["heads", "attention", "seeds", "diverged", "validation top-1 [%]", "test top-1 [%]", "test loss"]
     return markdown_table(
         header,

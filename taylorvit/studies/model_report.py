@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from taylorvit.benchmark.memory import RESOLUTION
 from taylorvit.run_folder import replace_file
+from taylorvit.studies import results
 from taylorvit.studies.model_candidates import source_name
 from taylorvit.studies.model_cost import Row, Status
 
@@ -76,9 +77,8 @@ class ResultFiles:
 
 def markdown_table(rows: list[Row]) -> str:
     """Return the rows as a Markdown table, and below it what is to be said about single rows."""
-    lines = [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *map(_cells, rows)]
     notes = [f"{row.candidate}, {row.pass_name}, batch {row.batch_size}: {row.note}" for row in rows if row.note]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), *([""] if notes else []), *notes])
+    return "\n".join([results.markdown_table(HEADER, map(_cells, rows)), *([""] if notes else []), *notes])
 
 
 def _cells(row: Row) -> list[str]:

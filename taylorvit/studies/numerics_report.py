@@ -14,6 +14,7 @@ from taylorvit.benchmark.check import NAMES
 from taylorvit.run_folder import replace_file
 from taylorvit.studies.numerics import ErrorRow
 from taylorvit.studies.numerics_sizes import ClaimRow
+from taylorvit.studies.results import left_table
 
 TENSORS = {"output": NAMES[:1], "gradients of q, k, v": NAMES[1:4], "gradient of temperature": NAMES[4:]}
 READING_NAMES = {"norm": "mean norm of a row", "rms": "rms entry"}
@@ -63,11 +64,6 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
-
-
 def _number(value: Any) -> str:
     """Return a cell; None is a dash."""
     if isinstance(value, float):
@@ -80,7 +76,7 @@ def _number(value: Any) -> str:
 def _field_table(rows: list[Any]) -> str:
     """Return rows with their fields as columns."""
     names = [field.name for field in dataclasses.fields(rows[0])] if rows else ["none"]
-    return _table(names, [[_number(getattr(row, name)) for name in names] for row in rows])
+    return left_table(names, [[_number(getattr(row, name)) for name in names] for row in rows])
 
 
 def group(rows: Iterable[ErrorRow], fields: Sequence[str]) -> dict[tuple[Any, ...], list[ErrorRow]]:
@@ -111,7 +107,7 @@ def error_table(rows: list[ErrorRow], fields: Sequence[str]) -> str:
             rms, largest = _worst(own, lambda row: row.rms), _worst(own, lambda row: row.largest)
             cells.append(rms if rms == largest else f"{rms} / {largest}")
         lines.append([*map(str, key), *cells, _number(max((row.rounding or 0.0 for row in members), default=None))])
-    return _table([*fields, *names, "rounding"], lines)
+    return left_table([*fields, *names, "rounding"], lines)
 
 
 def _grid_table(rows: list[ErrorRow]) -> str:
@@ -125,7 +121,7 @@ def _grid_table(rows: list[ErrorRow]) -> str:
             parts = [[row for row in own if row.tensor in tensors] for tensors in TENSORS.values()]
             cells.append("; ".join(_worst(part, lambda row: row.rms) for part in parts))
         lines.append([*map(str, key), *cells])
-    return _table(["dtype", "d", "N", "temperature", *names], lines)
+    return left_table(["dtype", "d", "N", "temperature", *names], lines)
 
 
 def _claim_table(rows: list[ClaimRow]) -> str:
@@ -136,4 +132,4 @@ def _claim_table(rows: list[ClaimRow]) -> str:
         reading = f"{READING_NAMES[row.measure]}, values {row.values}"
         fits = [f"N^{fit[0]:.2f} d^{fit[1]:.2f}" if fit else "-" for fit in (row.exponents, row.claimed_exponents)]
         lines.append([row.quantity, row.claim, reading, f"{row.low:.3f} to {row.high:.3f}", *fits])
-    return _table(header, lines)
+    return left_table(header, lines)

@@ -43,7 +43,7 @@ def settings_of(options: argparse.Namespace, attention: str, *, varied: Sequence
         ValueError: a word of --set is no KEY=VALUE or sets what the study sets, or a configuration file is not valid.
     """
     own = ("model.attention", "seed", "run_dir", "resume", *varied)
-    config, _ = load_config([word for path in options.config for word in ("--config", str(path))])
+    config, _ = load_config(config_arguments(options.config))
     chosen = [f"--model.attention={attention}"]
     if attention != config.model.attention:
         chosen.append("--model.attention_options={}")
@@ -53,6 +53,11 @@ def settings_of(options: argparse.Namespace, attention: str, *, varied: Sequence
         if word.partition("=")[0] in own:
             raise ValueError(f"--set {word}: this study sets {', '.join(own)} itself, by its own options")
     return [*chosen, *(f"--{word}" for word in options.set)]
+
+
+def config_arguments(configs: Sequence[Path]) -> list[str]:
+    """Return configuration files as arguments of train.py."""
+    return [word for path in configs for word in ("--config", str(path))]
 
 
 def _launcher(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from taylorvit.ops.orders import FORMS, MAX_FEATURES, crossover
 from taylorvit.studies.orders import Approximation, Timing
+from taylorvit.studies.results import left_table
 
 COLORS = ("gray", "tab:red", "tab:blue", "tab:orange", "tab:green", "tab:brown", "tab:purple")  # by order
 KEY_TITLES = {"uniform": "uniform keys", "shared": "keys share a direction"}
@@ -27,7 +28,7 @@ def approximation_tables(rows: Sequence[Approximation]) -> str:
     for row in rows:
         groups.setdefault((row.keys, row.head_dim, row.num_tokens, row.temperature), {})[row.order] = row.total_variation
     lines = [[*map(str, key), *(f"{group[order]:.2g}" for order in orders)] for key, group in groups.items()]
-    distances = _table(["keys", "D", "N", "temperature", *(f"order {order}" for order in orders)], lines)
+    distances = left_table(["keys", "D", "N", "temperature", *(f"order {order}" for order in orders)], lines)
     return f"Total-variation distance from softmax, mean of the rows:\n\n{distances}\n\n{_failure_table(rows)}"
 
 
@@ -52,9 +53,8 @@ def _failure_table(rows: Sequence[Approximation]) -> str:
         "outputs longer than any value",
         "longest / value",
     ]
-    return (
-        f"Lowest temperature of the grid with negative weights, and with outputs no mean can have:\n\n{_table(header, lines)}"
-    )
+    title = "Lowest temperature of the grid with negative weights, and with outputs no mean can have:"
+    return f"{title}\n\n{left_table(header, lines)}"
 
 
 def cost_tables(features: Sequence[dict[str, Any]], timings: Sequence[Timing]) -> str:
@@ -65,7 +65,7 @@ def cost_tables(features: Sequence[dict[str, Any]], timings: Sequence[Timing]) -
         + [f"{row['crossover_tokens']:,.0f}" if row["allowed"] else "refused: too many features"]
         for row in features
     ]
-    return f"{_table(header, lines)}\n\nTime of one call, one head, fp32, forward:\n\n{timing_table(timings)}"
+    return f"{left_table(header, lines)}\n\nTime of one call, one head, fp32, forward:\n\n{timing_table(timings)}"
 
 
 def timing_table(timings: Sequence[Timing]) -> str:
@@ -75,7 +75,7 @@ def timing_table(timings: Sequence[Timing]) -> str:
     for row in timings:
         cases.setdefault((row.head_dim, row.num_tokens), {})[row.candidate] = row
     lines = [[str(D), str(N), *(_time(case.get(name)) for name in names)] for (D, N), case in cases.items()]
-    return _table(["D", "N", *(name.replace("_", ", order ") for name in names)], lines)
+    return left_table(["D", "N", *(name.replace("_", ", order ") for name in names)], lines)
 
 
 def training_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -88,7 +88,7 @@ def training_table(rows: Sequence[dict[str, Any]]) -> str:
         learned = "" if row["temperature_low"] is None else f"{row['temperature_low']:.2f} to {row['temperature_high']:.2f}"
         labels = [_text(row[key]) for key in ("attention", "order", "temperature_init")]
         lines.append([*labels, top1 + deviation, _text(row["split"]), str(row["runs"]), str(row["diverged"]), learned])
-    return _table(header, lines)
+    return left_table(header, lines)
 
 
 def draw_approximation(rows: Sequence[Approximation], output: Path) -> None:
@@ -259,7 +259,3 @@ def _time(row: Timing | None) -> str:
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])

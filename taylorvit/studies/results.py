@@ -8,7 +8,8 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,13 @@ def write_results(out: Path, stem: str, header: Mapping[str, Any], rows: Sequenc
     replace_file(out / f"{stem}.md", markdown + "\n")
 
 
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table whose columns are numbers, aligned to the right, but for the first."""
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rule, *lines])
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, rule: str = "---:") -> str:
+    """Return a Markdown table; its columns but the first are numbers, aligned to the right, unless `rule` is "---"."""
+    rules = ["---", *[rule] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, rules, *lines])
+
+
+left_table = partial(markdown_table, rule="---")  # all columns to the left
 
 
 def mean_and_spread(row: Mapping[str, Any], key: str) -> str:

@@ -32,6 +32,7 @@ from taylorvit.models import attention_forms, build_model
 from taylorvit.provenance import git_state
 from taylorvit.run_folder import RunFolder, replace_file
 from taylorvit.saving import changed_settings, describe_start
+from taylorvit.studies.options import config_arguments
 from taylorvit.studies.results import make_folder
 from taylorvit.studies.trainings import Trainings
 from taylorvit.weights import load_weights
@@ -118,7 +119,7 @@ def run_cells(
     for config in {str(plan.config.data) + str(plan.config.augment): plan.config for plan in waiting}.values():
         check_data(config)
     if waiting:
-        _run_waiting(waiting, [*launcher, str(TRAIN), *_config_arguments(configs)], jobs)
+        _run_waiting(waiting, [*launcher, str(TRAIN), *config_arguments(configs)], jobs)
     return [json.loads(plan.result.read_text(encoding="utf-8")) for plan in plans]
 
 
@@ -138,7 +139,7 @@ def plan_cells(cells: Sequence[Cell], *, configs: Sequence[Path], out: Path) -> 
     plans = []
     for cell in cells:
         settings = [*cell.arguments, f"--run_dir={out / 'runs' / cell.name}", "--resume=auto"]
-        config, _ = load_config([*_config_arguments(configs), *settings])
+        config, _ = load_config([*config_arguments(configs), *settings])
         build_model(config.model, device="meta")
         plan = Plan(cell, config, out / "cells" / f"{cell.name}.json")
         if plan.is_finished:
@@ -178,10 +179,6 @@ def refuse_launcher() -> None:
     """Raise a ValueError in one of several processes: a study starts its trainings itself."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("a study is one process that launches its trainings: start it with python and name --launcher")
-
-
-def _config_arguments(configs: Sequence[Path]) -> list[str]:
-    return [word for path in configs for word in ("--config", str(path))]
 
 
 def _refuse_other_result(plan: Plan) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import write_digit_folder
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's own switch: its kernels then run on CPU, step by step
 
 torch.set_num_threads(1)  # the suite may share its cores; results do not depend on it
 

@@ -114,7 +114,7 @@ def test_reset_parameters_sets_the_temperature_only() -> None:
         ({"qk_norm": True}, "need a norm_layer"),
         ({"scale_norm": True}, "need a norm_layer"),
         ({"form": "linear"}, "form must be one of auto, direct, efficient, got 'linear'"),
-        ({"impl": "fast"}, "impl must be one of auto, reference, cpu, got 'fast'"),
+        ({"impl": "fast"}, "impl must be one of auto, reference, cpu, triton, got 'fast'"),
         ({"temperature_init": float("nan")}, "temperature_init must be finite, got nan"),
         ({"temperature_init": "1"}, "temperature_init must be a number, got '1'"),
         ({"temperature_init": True}, "got True"),

@@ -74,7 +74,8 @@ def test_no_file_is_an_empty_table(tmp_path: Path) -> None:
 def test_the_shipped_table_says_where_it_comes_from() -> None:
     for impl, entry in json.loads(form_table.PATH.read_text()).items():
         assert impl in IMPLEMENTATIONS
-        assert {"command", "git", "date", "cpu", "threads", "torch"} <= entry["provenance"].keys()
+        measured = {"command", "git", "date", "cpu", "threads", "torch"} <= entry["provenance"].keys()
+        assert measured or entry["provenance"]["basis"].startswith("counted, not measured")
         assert entry["crossovers"].keys() == {"forward", "training"}
         for crossings in entry["crossovers"].values():
             counts = [crossings[head_dim] for head_dim in sorted(crossings, key=int)]

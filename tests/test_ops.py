@@ -441,7 +441,7 @@ TAU = torch.ones(3)
         (lambda: taylor_attention(Q, Q, Q, TAU.int()), "temperature must have a dtype of .* got int32"),
         (lambda: taylor_attention(Q, Q.to("meta"), Q, TAU), "got cpu, meta, cpu, cpu"),
         (lambda: taylor_attention(Q, Q, Q, TAU, form="quadratic"), "auto, direct, efficient, got 'quadratic'"),
-        (lambda: taylor_attention(Q, Q, Q, TAU, impl="cuda"), "one of auto, reference, cpu, got 'cuda'"),
+        (lambda: taylor_attention(Q, Q, Q, TAU, impl="cuda"), "one of auto, reference, cpu, triton, got 'cuda'"),
         (lambda: taylor_attention_weights(Q, Q[:1], TAU), r"k \(1, 3, 5, 4\)"),
         (lambda: resolve_impl("cpu", ""), "got ''"),
     ],

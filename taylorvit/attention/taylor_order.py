@@ -60,7 +60,7 @@ class TaylorOrder(TaylorShift):
             return (output_scale(v, key_mask) * (self.attn_drop(matrix).to(v.dtype) @ v)).to(v.dtype)
         return order_attention(q, k, v, self.temperature, order=self.order, form=self.form, key_mask=key_mask)
 
-    def resolved_form(self, num_tokens: int, *, training: bool) -> str:
+    def resolved_form(self, num_tokens: int, *, training: bool, dtype: torch.dtype | None = None) -> str:
         """Return the form that was asked for, whatever the number of tokens."""
         return self.form
 

@@ -120,7 +120,8 @@ class TaylorShift(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
         hooks = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
-        if hooks and self.resolved_form(q.shape[-2], training=wants_gradient(q, k, v, self.temperature)) == "direct":
+        training = wants_gradient(q, k, v, self.temperature)
+        if hooks and self.resolved_form(q.shape[-2], training=training, dtype=q.dtype) == "direct":
             weights = self.attn_drop(taylor_attention_weights(q, k, self.temperature, key_mask=key_mask))  # (B, H, N, N)
             mean = weights.to(v.dtype) @ v
             if key_mask is None:
@@ -129,9 +130,9 @@ class TaylorShift(nn.Module):
             return (num_kept / self.head_dim).sqrt().to(v.dtype) * mean
         return taylor_attention(q, k, v, self.temperature, form=self.form, impl=self.impl, key_mask=key_mask)
 
-    def resolved_form(self, num_tokens: int, *, training: bool) -> str:
-        """Return the form for this many tokens on the device of the parameters: "direct" or "efficient"."""
-        impl = resolve_impl(self.temperature.device.type, self.impl)
+    def resolved_form(self, num_tokens: int, *, training: bool, dtype: torch.dtype | None = None) -> str:
+        """Return the form for this many tokens (of this dtype) on the parameters' device: "direct" or "efficient"."""
+        impl = resolve_impl(self.temperature.device.type, self.impl, dtype=dtype, head_dim=self.head_dim)
         return resolve_form(num_tokens, self.head_dim, self.form, impl=impl, training=training)
 
     def extra_repr(self) -> str:

@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
-from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu_direct, cpu_efficient
+from .operators import Tensors, empty_like_tokens, refuse_forward_mode, register_gradient, register_operations
 from .pieces import pieces
 from .reference import GRADIENT_LENGTH, ZERO_LENGTH
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Tensors = tuple[Tensor, ...]
 Group = tuple[slice, slice]  # of the images and of the heads
 
 GROUP_SIZE = 2**17  # numbers of q in a group of heads
@@ -36,13 +34,13 @@ GROUP_SIZE = 2**17  # numbers of q in a group of heads
 
 def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Compute the attention in O(N^2 D) operations, tile by tile. Arguments and result as in `reference.direct`."""
-    _refuse_forward_mode(q, k, v, temperature)
+    refuse_forward_mode("cpu", q, k, v, temperature)
     return _direct(q, k, v, temperature)[0]
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Compute the attention in O(N D^3) operations, chunk by chunk. Arguments and result as in `reference.efficient`."""
-    _refuse_forward_mode(q, k, v, temperature)
+    refuse_forward_mode("cpu", q, k, v, temperature)
     return _efficient(q, k, v, temperature)[0]
 
 
@@ -89,61 +87,24 @@ def _(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensors:
 @_direct_backward.register_fake
 @_efficient_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved: Tensor) -> Tensors:
-    return *(_empty_like_tokens(q) for _ in range(3)), torch.empty_like(temperature)
+    return *(empty_like_tokens(q) for _ in range(3)), torch.empty_like(temperature)
 
 
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """Raise NotImplementedError for forward-mode derivatives, which PyTorch would take to be zero."""
-    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError("impl 'cpu' has no forward-mode derivative: use impl='reference'")
+register_gradient(_direct, _direct_backward, "cpu")
+register_gradient(_efficient, _efficient_backward, "cpu")
 
 
-def _save(ctx: Any, inputs: Tensors, output: Tensors) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(backward: Callable[..., Tensors], ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    return backward(grad, *ctx.saved_tensors) if grad is not None else (None,) * 4
-
-
-def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> Tensors:
-    raise NotImplementedError("impl 'cpu' has no second derivative: use impl='reference'")
-
-
-def _keep_nothing(ctx: Any, inputs: Tensors, output: Tensors) -> None:
-    pass
-
-
-_direct.register_autograd(functools.partial(_differentiate, _direct_backward), setup_context=_save)
-_efficient.register_autograd(functools.partial(_differentiate, _efficient_backward), setup_context=_save)
-for _operator in (_direct_backward, _efficient_backward):
-    _operator.register_autograd(_refuse_second_derivative, setup_context=_keep_nothing)
+def _rows(head_dim: int) -> int:
+    """Rows of the state and of the Gram matrix: what a token is multiplied with in the efficient form."""
+    return cpu_efficient.state_shape(head_dim)[0] + head_dim
 
 
 # What FlopCounterMode counts: the matrix products over the tokens, a multiply-add as two operations.
 _OPERATORS = torch.ops.taylorvit
-
-
-@register_flop_formula(_OPERATORS.cpu_direct)
-def _(q: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 4 * math.prod(q) * q[-2]
-
-
-@register_flop_formula(_OPERATORS.cpu_direct_backward)
-def _(grad: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 10 * math.prod(grad) * grad[-2]
-
-
-@register_flop_formula(_OPERATORS.cpu_efficient)
-def _(q: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 4 * math.prod(q) * (cpu_efficient.state_shape(q[-1])[0] + q[-1])
-
-
-@register_flop_formula(_OPERATORS.cpu_efficient_backward)
-def _(grad: Sequence[int], *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return 8 * math.prod(grad) * (cpu_efficient.state_shape(grad[-1])[0] + grad[-1])
+register_operations(_OPERATORS.cpu_direct, lambda q: 4 * math.prod(q) * q[-2])
+register_operations(_OPERATORS.cpu_direct_backward, lambda grad: 10 * math.prod(grad) * grad[-2])
+register_operations(_OPERATORS.cpu_efficient, lambda q: 4 * math.prod(q) * _rows(q[-1]))
+register_operations(_OPERATORS.cpu_efficient_backward, lambda grad: 8 * math.prod(grad) * _rows(grad[-1]))
 
 
 def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
@@ -185,7 +146,7 @@ def _backward(
     """Compute the gradients, a few heads at a time."""
     num_tokens, head_dim = q.shape[-2:]
     scale = math.sqrt(num_tokens / head_dim)
-    dq, dk, dv = (_empty_like_tokens(q) for _ in range(3))
+    dq, dk, dv = (empty_like_tokens(q) for _ in range(3))
     # The backward pass divides by the temperature: 0 is a number too small to make a difference.
     tau = temperature.to(_sum_dtype(q)).view(1, -1, 1, 1)
     tau = tau.masked_fill(tau.abs() < ZERO_LENGTH, ZERO_LENGTH)
@@ -276,10 +237,4 @@ def _empty_results(form: ModuleType, q: Tensor) -> Tensors:
     sums = q.new_empty(batch, num_heads, num_tokens, 1, dtype=dtype)
     state_shape = form.state_shape(head_dim)
     state = [q.new_zeros(batch, num_heads, *state_shape, dtype=dtype)] if state_shape else []  # without tokens it is 0
-    return _empty_like_tokens(q), means, sums, *state
-
-
-def _empty_like_tokens(q: Tensor) -> Tensor:
-    """Return an empty (B, H, N, D), stored as (B, N, H, D): to join the heads, which comes next, needs no copy then."""
-    batch, num_heads, num_tokens, head_dim = q.shape
-    return q.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+    return empty_like_tokens(q), means, sums, *state

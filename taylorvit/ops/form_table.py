@@ -1,7 +1,8 @@
-"""Where the efficient form overtakes the direct one: measured token counts from crossovers.json, written by tools/calibrate.py.
+"""Where the efficient form overtakes the direct one: token counts from crossovers.json, written by tools/calibrate.py.
 
-The file holds, for each implementation that was measured, a table by pass ("forward", "training") and head dimension, with the
-command, commit, hardware and date of the measurement. null stands for a crossing that was not met.
+The file holds, for each implementation, a table by pass ("forward", "training") and head dimension, and where it comes from:
+the command, commit, hardware and date of the measurement, or, until there is one, what was counted instead. null stands for a
+crossing that was not met.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import cpu, form_table, reference
+from . import cpu, form_table, gpu, reference
 from .padding import attend_to_some
 
 Form = Literal["auto", "direct", "efficient"]
@@ -28,9 +28,12 @@ FORMS: tuple[str, ...] = get_args(Form)
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {
     "reference": {"direct": reference.direct, "efficient": reference.efficient},
     "cpu": {"direct": cpu.direct, "efficient": cpu.efficient},
+    "triton": {"direct": gpu.direct, "efficient": gpu.efficient},
 }
-DEVICE_TYPES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "meta")}  # of the implementations that do not run everywhere
-FASTEST: dict[str, str] = {"cpu": "cpu"}  # implementation by device type; "reference" for the others
+# Of the implementations that do not run everywhere. Triton's interpreter, for tests, adds the CPU to the last (`gpu`).
+DEVICE_TYPES: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "meta"), "triton": gpu.DEVICE_TYPES}
+# Implementation by device type, if nothing stands against it (`obstacle`); "reference" for all others.
+FASTEST: dict[str, str] = {"cpu": "cpu", "cuda": "triton"}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 logger = logging.getLogger(__name__)
@@ -65,13 +68,14 @@ def taylor_attention(
         autocast dtype (fp64 stays), which is also the output's, as for F.scaled_dot_product_attention.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not agree, D = 0, form or impl is unknown, impl lacks the form or the device.
+        ValueError: shapes, dtypes or devices do not agree, D = 0, form or impl is unknown, impl lacks the form or cannot
+            compute with this device, dtype or D.
     """
     q, k, v = apply_autocast(q, k, v)
     check_inputs(q, k, v, temperature)
     num_tokens, head_dim = q.shape[-2:]
     training = wants_gradient(q, k, v, temperature)
-    impl = resolve_impl(q.device.type, impl)
+    impl = resolve_impl(q.device.type, impl, dtype=q.dtype, head_dim=head_dim)
     form = resolve_form(num_tokens, head_dim, form, impl=impl, training=training)
     forms = IMPLEMENTATIONS[impl]
     if form not in forms:
@@ -122,19 +126,33 @@ def resolve_form(num_tokens: int, head_dim: int, form: str = "auto", *, impl: st
     return "efficient" if num_tokens > form_table.crossover(head_dim, impl, training) else "direct"
 
 
-def resolve_impl(device_type: str, impl: str = "auto") -> str:
-    """Return the implementation's name; "auto" takes the device type's in FASTEST, else "reference".
+def resolve_impl(device_type: str, impl: str = "auto", *, dtype: torch.dtype | None = None, head_dim: int | None = None) -> str:
+    """Return the implementation's name; "auto" takes the device type's in FASTEST, or "reference" if that cannot do it.
+
+    Args:
+        device_type: of the tensors.
+        impl: "auto" or a key of IMPLEMENTATIONS.
+        dtype: of q, k and v; None: any that the implementation takes.
+        head_dim: D; None likewise.
 
     Raises:
-        ValueError: impl is unknown or does not run on this device type.
+        ValueError: impl is unknown, or cannot compute this.
     """
     check_impl(impl)
     if impl == "auto":
-        return FASTEST.get(device_type, "reference")
-    allowed = DEVICE_TYPES.get(impl, (device_type,))
-    if device_type not in allowed:
-        raise ValueError(f"impl {impl!r} runs on {', '.join(allowed)} only, got tensors on {device_type}")
+        fastest = FASTEST.get(device_type, "reference")
+        return "reference" if obstacle(fastest, device_type, dtype, head_dim) else fastest
+    if reason := obstacle(impl, device_type, dtype, head_dim):
+        raise ValueError(f"impl {impl!r} {reason}")
     return impl
+
+
+def obstacle(impl: str, device_type: str, dtype: torch.dtype | None = None, head_dim: int | None = None) -> str | None:
+    """Say why an implementation cannot compute with such tensors, or return None. What is None is not asked about."""
+    if impl == "triton":
+        return gpu.obstacle(device_type, dtype, head_dim)
+    allowed = DEVICE_TYPES.get(impl, (device_type,))
+    return None if device_type in allowed else f"runs on {', '.join(allowed)} only, got tensors on {device_type}"
 
 
 def wants_gradient(*tensors: Tensor) -> bool:

@@ -8,7 +8,7 @@ kernel that they launch is compiled for the architecture instead of run. By defa
 No time is measured. Columns:
 
 - registers of a thread, bytes of shared memory of a block, blocks that an SM holds at once;
-- tensor: the tensor-core instructions of the inner loop, "-" where a kernel has no product;
+- tensor: the tensor-core instructions of the inner loop, of the whole kernel where it has none, "-" where it has no product;
 - loop: instructions of one warp in an iteration; issue / tensor: the same over the clocks of its share of the tensor cores.
   Below 1 the tensor cores can be the limit;
 - a score: instructions of a thread for one entry of the N x N matrix (direct form).
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from taylorvit.benchmark.machine_code import CHIPS
+from taylorvit.benchmark.machine_code import CHIPS, COUNTED
 from taylorvit.cli import positive_int, run_program, thread_count
 from taylorvit.provenance import provenance
 from taylorvit.studies.results import left_table, make_folder, write_results
@@ -135,14 +135,22 @@ def main() -> int:
             f"{form}: no kernel was launched with {entry}" for form in used for entry in unused_entries(form, used[form])
         ]
     header = {"provenance": provenance() | versions(), "faults": faults}
-    write_results(options.out, "kernels", header, [asdict(row) for row in rows], "\n".join(tables))
+    write_results(options.out, "kernels", header, [_flat(row) for row in rows], "\n".join(tables))
     print("\n".join([*faults, f"{len(rows)} kernels, {len(faults)} faults", str(options.out / "kernels.json")]))
     return 1 if faults else 0
 
 
+def _flat(row: Any) -> dict[str, Any]:
+    """Return the row with a column for every instruction that is counted, in the whole kernel and in its inner loop."""
+    plain = asdict(row)
+    counts, loop = plain.pop("counts"), plain.pop("loop_counts")
+    columns = {name.lower(): counts.get(name, 0) for name in COUNTED}
+    return plain | columns | {f"loop_{name.lower()}": loop.get(name, 0) for name in COUNTED}
+
+
 def _cells(row: Any) -> list[str]:
-    loop = row.loop_counts
-    tensor = ", ".join(f"{loop.get(name, 0)} {name}" for name in row.tensor.split("+")) if row.tensor else "-"
+    counts = row.loop_counts or row.counts
+    tensor = ", ".join(f"{counts.get(name, 0)} {name}" for name in row.tensor.split("+")) if row.tensor else "-"
     return [
         f"{row.kernel} {row.flags.lower()}".strip(), row.dtype, str(row.head_dim), row.num_tokens, row.blocks,
         str(row.num_warps), str(row.num_stages), str(row.registers), str(row.spill_stores + row.spill_loads),

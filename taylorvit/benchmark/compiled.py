@@ -49,9 +49,9 @@ class Compilation:
 class Kernel:
     """A compiled kernel. Counts without `loop_` are of the whole kernel, those with it of one iteration of the inner loop.
 
-    `flags` are the boolean constants that are true. `entry` is the key in the launch table. `tensor_clocks` and `issue` are
-    those of one warp, see `machine_code`. `redundancy` is the multiply-adds of the machine's loop over those of the source's:
-    3 for fp32, whose products are three of TF32 each; more means an unrolled loop, or warps that do the same work.
+    `flags` are the boolean constants that are true. `entry` is the key in the launch table. `loop_tensor_clocks` are
+    those of one warp, see `machine_code`. `redundancy` is the multiply-adds of the machine's loop over those of the source's: above
+    1, the loop is unrolled or warps do the same work. `code` tells kernels of one name apart.
     """
 
     form: str
@@ -220,17 +220,15 @@ def _with_loop(row: Kernel, loop: list[machine_code.Instruction], ttir: str, blo
     """Return the row with the figures of the inner loop, if there is one."""
     if not loop:
         return row
-    source = machine_code.source_fma(ttir) / row.num_warps
-    products = 3 if "tf32x3" in ttir else 1
+    products = 3 if row.dtype == "float32" else 1  # of TF32 each, input_precision="tf32x3"
+    needed = products * machine_code.source_fma(ttir) / row.num_warps
     fma = sum(machine_code.tensor_fma(instruction.opcode) for instruction in loop)
     clocks = sum(machine_code.tensor_clocks(instruction.opcode, row.arch) for instruction in loop)
-    if not fma:  # the shapes of UTCHMMA are not in the listing: the loop is taken for one of the source's iterations
-        fma = source * products
-        clocks = fma / (CHIPS[row.arch].tensor_rate / (2 if products == 3 else 1) / machine_code.SCHEDULERS)
-    redundancy = fma / source
+    if not fma:  # the shapes of UTCHMMA are not in the listing: the loop is taken for one of the source's
+        fma, clocks = needed, needed / machine_code.warp_rate(row.arch, tf32=products == 3)
     per_score = None
     if row.form == "direct" and {"BLOCK_M", "BLOCK_N"} <= blocks.keys():
-        scores = blocks["BLOCK_M"] * blocks["BLOCK_N"] * max(1, round(redundancy / products))
+        scores = blocks["BLOCK_M"] * blocks["BLOCK_N"] * max(1, round(fma / needed))
         per_score = len(loop) * 32 * row.num_warps / scores
     return replace(
         row,
@@ -238,6 +236,6 @@ def _with_loop(row: Kernel, loop: list[machine_code.Instruction], ttir: str, blo
         loop_instructions=len(loop),
         loop_tensor_clocks=clocks,
         issue_per_tensor=len(loop) / clocks,
-        redundancy=redundancy,
+        redundancy=fma / needed,
         instructions_per_score=per_score,
     )

@@ -92,10 +92,14 @@ def tensor_fma(opcode: str) -> float:
     return 0
 
 
+def warp_rate(arch: int, *, tf32: bool) -> float:
+    """Return the multiply-adds a clock of the quarter of an SM's tensor cores that a warp works on; TF32 has half the rate."""
+    return CHIPS[arch].tensor_rate / SCHEDULERS / (2 if tf32 else 1)
+
+
 def tensor_clocks(opcode: str, arch: int) -> float:
-    """Return the clocks that one warp's share of a tensor-core instruction takes at the peak rate; TF32 has half of it."""
-    rate = CHIPS[arch].tensor_rate / (2 if ".TF32" in opcode else 1)
-    return tensor_fma(opcode) / (rate / SCHEDULERS)
+    """Return the clocks that one warp's share of a tensor-core instruction takes at the peak rate."""
+    return tensor_fma(opcode) / warp_rate(arch, tf32=".TF32" in opcode)
 
 
 def inner_loop(code: Sequence[Instruction]) -> list[Instruction]:

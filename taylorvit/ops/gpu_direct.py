@@ -119,7 +119,7 @@ def backward(
     saved: what `forward` returned for training but y.
     """
     dq, dk, dv = (empty_like_tokens(q) for _ in range(3))
-    num_heads, num_tokens, head_dim = q.shape[1:]
+    batch, num_heads, num_tokens, head_dim = q.shape
     if not q.numel():
         return dq, dk, dv, torch.zeros_like(temperature)
     *prepared, g_sums = _prepare_backward(grad, q, k, temperature, *saved)
@@ -148,7 +148,7 @@ def backward(
     numbers = (*k.stride(), *v.stride(), num_heads, num_tokens, g_sums.shape[1], factor)
     grid = _grid(q, launch, "BLOCK_N")
     kernels.launch(kernels_direct.backward_keys, grid, *tensors, *numbers, config=launch, **_sizes(q))
-    return dq, dk, dv, dtemperature.view(-1, num_heads, grid[1]).sum(dim=(0, 2))
+    return dq, dk, dv, dtemperature.view(batch, num_heads, -1).sum(dim=(0, 2))
 
 
 def _prepare_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -1,4 +1,10 @@
-"""One point of a measurement: shape, dtype, pass and device, with its inputs and the call that is made on them."""
+"""One point of a measurement: shape, dtype, pass, device and layout, with its inputs and the call that is made on them.
+
+A model's projection writes q, k and v of a token side by side, and its next layer reads the heads' outputs of a token side by
+side. Layout `packed` is that: q, k, v are strided views of one (B, N, 3, H, D), and the call ends with the output as (B, N, C),
+so that an attention which writes another order pays for its copy as it does in a model. `separate` is one contiguous
+(B, H, N, D) each.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +17,13 @@ from torch import Tensor
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v (B, H, N, D), temperature (H,) -> (B, H, N, D)
 Truth = Literal["taylor", "softmax"]
+Layout = Literal["separate", "packed"]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape (B, H, N, D), a dtype, forward or training, and a device."""
+    """A shape (B, H, N, D), a dtype, forward or training, a device, and how q, k and v lie in memory."""
 
     batch_size: int
     num_heads: int
@@ -25,6 +32,7 @@ class Case:
     dtype: str = "float32"
     training: bool = False
     device: str = "cpu"
+    layout: Layout = "separate"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -49,11 +57,19 @@ class Case:
         generator = torch.Generator(self.device).manual_seed(seed)
         dtype = DTYPES[self.dtype]
         wide = torch.promote_types(dtype, torch.float32)
-        q, k, v = (torch.randn(self.shape, generator=generator, device=self.device, dtype=dtype) for _ in range(3))
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device, dtype=dtype)
+
+        B, H, N, D = self.shape
+        if self.layout == "packed":
+            q, k, v = normal(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D) each
+        else:
+            q, k, v = (normal(B, H, N, D) for _ in range(3))
         temperature = 0.5 + 1.5 * torch.rand(self.num_heads, generator=generator, device=self.device, dtype=wide)
         if not self.training:
             return q, k, v, temperature
-        upstream = torch.randn(self.shape, generator=generator, device=self.device, dtype=dtype)
+        upstream = normal(B, N, H, D).transpose(1, 2) if self.layout == "packed" else normal(B, H, N, D)
         return *(x.requires_grad_() for x in (q, k, v, temperature)), upstream
 
     def bind(self, attention: Attention, truth: Truth) -> Callable[..., tuple[Tensor, ...]]:
@@ -63,11 +79,19 @@ class Case:
         """
 
         def forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
-            return (attention(q, k, v, temperature),)
+            return (self._as_passed_on(attention(q, k, v, temperature)),)
 
         def training(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
-            y = attention(q, k, v, temperature)
+            y = self._as_passed_on(attention(q, k, v, temperature))
             leaves = (q, k, v, temperature) if truth == "taylor" else (q, k, v)
             return y.detach(), *torch.autograd.grad(y, leaves, upstream)
 
         return training if self.training else forward
+
+    def _as_passed_on(self, y: Tensor) -> Tensor:
+        """Return y (B, H, N, D) in the memory order of what comes next: a view, or a copy where it lies in another order."""
+        if self.layout == "separate":
+            return y
+        B, H, N, D = self.shape
+        joint = y.transpose(1, 2).reshape(B, N, H * D)  # what the model's last projection reads
+        return joint.view(B, N, H, D).transpose(1, 2)

@@ -13,14 +13,24 @@ from torch import Tensor
 
 from .case import Case
 from .check import check
-from .memory import is_out_of_memory, peak_bytes_on_cpu, peak_bytes_on_gpu
-from .peers import BASELINE, Peer, forget_compiled, prepare_call
-from .timing import CandidateError, Comparison, compare
+from .limits import Limits, least_seconds, matmul_flops
+from .memory import is_out_of_memory, peak_bytes_on_cpu, peak_bytes_on_gpu, release_memory
+from .peers import BASELINE, NO_BACKEND, Peer, chosen_backend, forget_compiled, prepare_call
+from .timing import CandidateError, Capture, Comparison, capture_graph, compare
 
 Status = Literal["ok", "wrong", "failed", "cannot run", "skipped", "out of memory"]
 Call = Callable[..., tuple[Tensor, ...]]
 GIB = 2**30
 SMALL_TOKENS = 65  # shows a wrong formula at once
+# What CUDA says after a kernel has gone wrong: no call of this process works any more, whoever makes it.
+LOST = (
+    "illegal memory access",
+    "misaligned address",
+    "illegal instruction",
+    "unspecified launch failure",
+    "device-side assert",
+    "launch timed out",
+)
 
 
 @dataclass
@@ -28,8 +38,12 @@ class Row:
     """One candidate in one case. Times are in seconds a call, with 10th and 90th percentile; None is not measured.
 
     `speedup` is the median over the rounds of the baseline's time over the candidate's; `peak_bytes` counts what was not there
-    before the call (`memory`), `estimated_bytes` is what decided whether it was tried. `graph_seconds` is the replay of a CUDA
-    graph.
+    before the call (`memory`), `estimated_bytes` is what decided whether it was tried. `input_bytes` is the size of all sets of
+    inputs that were rotated through.
+
+    On a GPU `seconds` is a call from Python and `graph_seconds` what it takes in a CUDA graph, the device's own time; both have
+    their ratio to the baseline. `tflops` counts the matrix products (`limits`) of the latter where it was measured, else of the
+    former; `limit_seconds` is what the case cannot be faster than, and `limit_share` the part of the time that this is.
     """
 
     candidate: str
@@ -51,11 +65,17 @@ class Row:
     speedup_low: float | None = None
     speedup_high: float | None = None
     graph_seconds: float | None = None
+    graph_speedup: float | None = None
+    tflops: float | None = None
+    limit_seconds: float | None = None
+    limit_share: float | None = None
     gflops: float | None = None
     rounds: int | None = None
     repetitions: int | None = None
     peak_bytes: int | None = None
     estimated_bytes: int | None = None
+    input_bytes: int | None = None
+    layout: str = "separate"
 
     @property
     def is_fault(self) -> bool:
@@ -76,8 +96,12 @@ class Settings:
     seed: int = 0
 
 
-def measure(case: Case, peers: Mapping[str, Peer], settings: Settings) -> list[Row]:
-    """Return one row a candidate. Only a candidate whose result passed `check` in this very case is timed."""
+def measure(case: Case, peers: Mapping[str, Peer], settings: Settings, limits: Limits | None = None) -> list[Row]:
+    """Return one row a candidate. Only a candidate whose result passed `check` in this very case is timed.
+
+    Raises:
+        RuntimeError: a candidate has broken the GPU's context; nothing can be measured in this process any more.
+    """
     forget_compiled()
     rows = {name: _new_row(peer, case) for name, peer in peers.items()}
     calls: dict[str, Call] = {}
@@ -85,21 +109,27 @@ def measure(case: Case, peers: Mapping[str, Peer], settings: Settings) -> list[R
         call = _admit(peer, case, rows[name], settings)
         if call:
             calls[name] = call
-    comparison = _compare(calls, rows, case, settings)
+    comparison = _compare(calls, rows, case, settings, peers)
     if comparison:
         for name in calls:
             _enter_times(rows[name], comparison, peers[name].operations(case))
     if case.device == "cuda":
-        _enter_graph_times(calls, rows, case, settings)
+        _enter_graph_times(calls, rows, case, settings, peers)
+        if BASELINE in calls:
+            note = f"PyTorch takes the backend {chosen_backend(case)}"
+            rows[BASELINE].note = "; ".join(filter(None, [rows[BASELINE].note, note]))
+    for name in calls:
+        _enter_rates(rows[name], peers[name], case, limits)
     if settings.memory:
         for name, call in calls.items():
-            _enter_memory(rows[name], call, case, settings)
+            with peers[name].around():
+                _enter_memory(rows[name], call, case, settings)
     return list(rows.values())
 
 
 def _new_row(peer: Peer, case: Case) -> Row:
     B, H, N, D = case.shape
-    return Row(peer.name, case.pass_name, B, H, N, D, case.dtype, case.device)
+    return Row(peer.name, case.pass_name, B, H, N, D, case.dtype, case.device, layout=case.layout)
 
 
 def _admit(peer: Peer, case: Case, row: Row, settings: Settings) -> Call | None:
@@ -112,15 +142,16 @@ def _admit(peer: Peer, case: Case, row: Row, settings: Settings) -> Call | None:
         row.status, row.note = "skipped", f"needs about {row.estimated_bytes / GIB:.3g} GiB"
         return None
     try:
-        call = case.bind(peer.build(), peer.truth)
+        call = case.bind(peer.make(), peer.truth)
         for where in _cases_to_check(peer, case):
-            verdict = check(call, peer.truth, where, seed=settings.seed)
+            with peer.around():
+                verdict = check(call, peer.truth, where, seed=settings.seed)
             row.error, row.error_budget = (verdict.error if math.isfinite(verdict.error) else None), verdict.budget
             if not verdict.passed:
                 row.status, row.note = "wrong", f"{verdict} at {where.num_tokens} tokens"
                 return None
     except Exception as error:
-        row.status, row.note = _classify(error)
+        row.status, row.note = _classify(error, peer.name)
         return None
     return call
 
@@ -133,16 +164,29 @@ def _cases_to_check(peer: Peer, case: Case) -> list[Case]:
     return [dataclasses.replace(case, batch_size=min(B, 2), num_heads=min(H, 2), num_tokens=SMALL_TOKENS), case]
 
 
-def _classify(error: BaseException) -> tuple[Status, str]:
+def _classify(error: BaseException, name: str) -> tuple[Status, str]:
+    """Return what became of a candidate, and why.
+
+    Raises:
+        RuntimeError: it has broken the GPU's context, so that every candidate after it would be blamed for its fault.
+    """
+    if any(words in str(error) for words in LOST):
+        raise RuntimeError(f"{name} has broken the GPU's context: nothing can be measured after it") from error
     lines = str(error).strip().splitlines() or [""]
     note = f"{type(error).__name__}: {lines[0]}"
     if is_out_of_memory(error):
         return "out of memory", ""
-    return ("cannot run" if isinstance(error, NotImplementedError) else "failed"), note
+    cannot = isinstance(error, NotImplementedError) or NO_BACKEND in note
+    return ("cannot run" if cannot else "failed"), note
 
 
 def _compare(
-    calls: dict[str, Call], rows: dict[str, Row], case: Case, settings: Settings, *, cuda_graphs: bool = False
+    calls: dict[str, Call],
+    rows: dict[str, Row],
+    case: Case,
+    settings: Settings,
+    peers: Mapping[str, Peer],
+    capture: Capture | None = None,
 ) -> Comparison | None:
     """Time the calls; one that fails is entered as such and taken out, and the others begin anew."""
     while calls:
@@ -154,16 +198,18 @@ def _compare(
                 min_rounds=settings.min_rounds,
                 num_input_sets=settings.num_input_sets,
                 seed=settings.seed,
-                cuda_graphs=cuda_graphs,
+                capture=capture,
+                around={name: peers[name].around for name in calls},
             )
         except CandidateError as error:
-            status, note = _classify(error.cause)
+            status, note = _classify(error.cause, error.name)
             row = rows[error.name]
-            if cuda_graphs:
+            if capture:
                 row.note = f"no CUDA graph: {note or status}"
             else:
                 row.status, row.note = status, note
             del calls[error.name]
+        release_memory()
     return None
 
 
@@ -171,17 +217,34 @@ def _enter_times(row: Row, comparison: Comparison, operations: float) -> None:
     seconds = comparison.seconds(row.candidate)
     row.seconds, row.seconds_low, row.seconds_high = dataclasses.astuple(seconds)
     row.rounds, row.repetitions = comparison.num_rounds, comparison.repetitions[row.candidate]
+    row.input_bytes = comparison.input_bytes
     row.gflops = operations / seconds.median / 1e9
     if BASELINE in comparison.rounds:
         row.speedup, row.speedup_low, row.speedup_high = dataclasses.astuple(comparison.speedup(row.candidate, BASELINE))
 
 
-def _enter_graph_times(calls: dict[str, Call], rows: dict[str, Row], case: Case, settings: Settings) -> None:
+def _enter_graph_times(
+    calls: dict[str, Call], rows: dict[str, Row], case: Case, settings: Settings, peers: Mapping[str, Peer]
+) -> None:
     captured = dict(calls)
-    comparison = _compare(captured, rows, case, settings, cuda_graphs=True)
+    comparison = _compare(captured, rows, case, settings, peers, capture_graph)
+    release_memory()  # of the graphs
     for name in captured if comparison else ():
         assert comparison
         rows[name].graph_seconds = comparison.seconds(name).median
+        if BASELINE in comparison.rounds:
+            rows[name].graph_speedup = comparison.speedup(name, BASELINE).median
+
+
+def _enter_rates(row: Row, peer: Peer, case: Case, limits: Limits | None) -> None:
+    """Enter FLOP/s and the share of the limit, by the device's own time where there is one."""
+    seconds = row.graph_seconds or row.seconds
+    if seconds is None:
+        return
+    form = peer.form(case)
+    row.tflops = matmul_flops(case, form) / seconds / 1e12
+    row.limit_seconds = least_seconds(case, form, limits) if limits else None
+    row.limit_share = row.limit_seconds / seconds if row.limit_seconds else None
 
 
 def _enter_memory(row: Row, call: Call, case: Case, settings: Settings) -> None:
@@ -193,4 +256,4 @@ def _enter_memory(row: Row, call: Call, case: Case, settings: Settings) -> None:
             target = f"{prepare_call.__module__}:{prepare_call.__name__}"
             row.peak_bytes = peak_bytes_on_cpu(target, arguments, threads=settings.threads)
     except (MemoryError, RuntimeError) as error:
-        row.note = f"memory not measured: {_classify(error)[1] or 'out of memory'}"
+        row.note = f"memory not measured: {_classify(error, row.candidate)[1] or 'out of memory'}"

@@ -92,6 +92,13 @@ def can_measure_on_cpu() -> bool:
         return False
 
 
+def release_memory() -> None:
+    """Give back what a failed call left; call it when its exception, which holds the tensors, is gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out; PyTorch's CPU allocator raises a plain RuntimeError."""
     told = ("can't allocate memory", "Storage size calculation overflowed")

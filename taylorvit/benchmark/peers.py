@@ -1,10 +1,11 @@
 """The attentions that are compared, by name, with one signature: f(q, k, v, temperature) -> y, all (B, H, N, D).
 
-- `sdpa`: PyTorch's fused softmax attention, the backend it picks itself; `sdpa_<backend>` forces one. Softmax attention scales
-  by 1/sqrt(D) and ignores the temperature.
+- `sdpa`: PyTorch's fused softmax attention, the backend it picks itself (on a GPU a row's note names it); `sdpa_<backend>`
+  forces one. Softmax attention scales by 1/sqrt(D) and ignores the temperature.
 - `flex`: FlexAttention over unit vectors with score_mod = log(a x^2 + b x + c), times sqrt(N/D): softmax of a logarithm is the
   normalised polynomial, so this is TaylorShift. PyTorch has no backward pass of it on CPU.
-- `compiled_reference_<form>`: torch.compile of ops.reference. `paper_<form>`: see `paper`.
+- `compiled_reference_<form>`: torch.compile of ops.reference. `paper_<form>`: see `paper`; `paper_<form>_fp32` takes half
+  precision and computes in fp32, the only way in which the paper's equations are right for such inputs.
 - `taylor_<form>_<impl>`: every entry of ops.IMPLEMENTATIONS. `taylor_auto`: form and implementation left to the operation.
 
 Left out: flash-attn's function is what `sdpa_flash` calls on a GPU; flash-linear-attention's `parallel_based` is causal, so it
@@ -18,7 +19,8 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -30,8 +32,10 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from ..complexity import Packing, entries_direct, entries_efficient, ops_direct, ops_efficient
 from ..ops import DEVICE_TYPES, IMPLEMENTATIONS, reference, resolve_form, resolve_impl, taylor_attention
+from ..ops.taylor_attention import obstacle as impl_obstacle
 from . import paper
 from .case import DTYPES, Attention, Case, Truth
+from .limits import Form
 from .memory import Prepared
 
 Cost = Literal["softmax", "direct", "efficient", "auto"]
@@ -47,6 +51,8 @@ BASELINE = "sdpa"
 TRAINING_OPS = {"softmax": 3.5, "direct": 3.5, "efficient": 3.0}
 # What plain PyTorch holds at its peak over complexity.entries_*, which count what the formula needs.
 PLAIN_ENTRIES = {"forward": 2, "training": 4}
+FLEX_HEAD_DIM = 16  # the least that FlexAttention's kernels take on a GPU
+NO_BACKEND = "No available kernel"  # what PyTorch says where a forced backend refuses the inputs
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,12 @@ class Peer:
 
     `truth` names the function that it computes, `cost` the formula that counts its operations, `packing` the products the
     efficient form of it computes. `materialises`: it holds what `complexity.entries_*` counts; else its memory is linear in N.
+    `make` returns the attention, which is to run inside `around()`; `build` returns it with that context inside. Entering the
+    context takes longer than a small attention, so a time is taken of the former. `impl` is ours alone.
     """
 
     name: str
-    build: Callable[[], Attention]
+    make: Callable[[], Attention]
     truth: Truth = "taylor"
     cost: Cost = "direct"
     packing: Packing = "none"
@@ -67,6 +75,24 @@ class Peer:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     trains_on: tuple[str, ...] = ("cpu", "cuda")
     compiled: bool = False
+    backend: SDPBackend | None = None
+    impl: str | None = None
+
+    def around(self) -> AbstractContextManager[object]:
+        """Return the context that what `make` returns is to run in."""
+        return sdpa_kernel(self.backend) if self.backend else nullcontext()
+
+    def build(self) -> Attention:
+        """Return the attention as it runs anywhere."""
+        attention = self.make()
+        if not self.backend:
+            return attention
+
+        def forced(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+            with self.around():
+                return attention(q, k, v, temperature)
+
+        return forced
 
     def obstacle(self, case: Case) -> str | None:
         """Say why this attention cannot run in the case, or return None."""
@@ -78,15 +104,23 @@ class Peer:
             return f"PyTorch has no backward pass of it on {case.device}"
         if self.compiled and case.device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             return "torch.compile needs a C++ compiler on CPU"
-        return _sdpa_obstacle(self, case) if self.name in SDPA_BACKENDS else None
+        if self.name == "flex" and case.device == "cuda" and case.head_dim < FLEX_HEAD_DIM:
+            return f"FlexAttention needs head dimensions from {FLEX_HEAD_DIM} on"
+        if self.impl:
+            return impl_obstacle(self.impl, case.device, DTYPES[case.dtype], case.head_dim)
+        return _sdpa_obstacle(self, case) if self.backend else None
 
     def resolve(self, case: Case) -> Peer:
         """Return the peer whose costs these are: itself, unless form and implementation depend on the shape."""
         if self.cost != "auto":
             return self
-        impl = resolve_impl(case.device)
+        impl = resolve_impl(case.device, dtype=DTYPES[case.dtype], head_dim=case.head_dim)
         form = resolve_form(case.num_tokens, case.head_dim, impl=impl, training=case.training)
         return all_peers()[f"taylor_{form}_{impl}"]
+
+    def form(self, case: Case) -> Form:
+        """Return the form whose matrix products it computes; softmax attention has those of the direct form."""
+        return "efficient" if self.resolve(case).cost == "efficient" else "direct"
 
     def operations(self, case: Case) -> float:
         """Count the algorithm's operations, all heads: 4 N^2 D for softmax, `complexity.ops_*` for the others.
@@ -115,17 +149,18 @@ class Peer:
 
 def all_peers() -> dict[str, Peer]:
     """Return every attention by name, whether or not it runs here."""
-    cuda, full = ("cuda",), ("float32", "float64")
+    cuda, full, half = ("cuda",), ("float32", "float64"), ("float16", "bfloat16")
     peers = [
         Peer(BASELINE, lambda: sdpa, "softmax", "softmax"),
         *(
             Peer(
                 name,
-                partial(_forced_sdpa, backend),
+                lambda: sdpa,
                 "softmax",
                 "softmax",
                 materialises=backend == SDPBackend.MATH,
                 devices=("cpu", "cuda") if backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION) else cuda,
+                backend=backend,
             )
             for name, backend in SDPA_BACKENDS.items()
         ),
@@ -133,6 +168,15 @@ def all_peers() -> dict[str, Peer]:
         # Half precision: a ones column times sqrt(D/N)/N rounds or vanishes, and plain row sums overflow.
         Peer("paper_direct", lambda: paper.direct, materialises=True, dtypes=full),
         Peer("paper_efficient", lambda: paper.efficient, cost="efficient", materialises=True, dtypes=full),
+        Peer("paper_direct_fp32", lambda: _in_fp32(paper.direct), materialises=True, devices=cuda, dtypes=half),
+        Peer(
+            "paper_efficient_fp32",
+            lambda: _in_fp32(paper.efficient),
+            cost="efficient",
+            materialises=True,
+            devices=cuda,
+            dtypes=half,
+        ),
     ]
     for form in ("direct", "efficient"):
         compile_form = partial(_compiled, getattr(reference, form))
@@ -147,6 +191,7 @@ def all_peers() -> dict[str, Peer]:
                 packing="none" if plain else "symmetric",  # the fewest products there are: a rate never flatters
                 materialises=plain,
                 devices=DEVICE_TYPES.get(impl, ("cpu", "cuda")),
+                impl=impl,
             )
             peers.append(peer)
     peers.append(Peer("taylor_auto", partial(_taylor, "auto", "auto"), cost="auto"))
@@ -167,6 +212,12 @@ def flex_mean(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     return y
 
 
+def chosen_backend(case: Case) -> str:
+    """Return the name of the backend that PyTorch takes for `sdpa` in this case."""
+    q, k, v, *_ = case.make_inputs(0)
+    return SDPBackend(torch._fused_sdp_choice(q, k, v)).name.removesuffix("_ATTENTION").lower()
+
+
 def forget_compiled() -> None:
     """Clear the compiler's cache, which refuses more than a few shapes of one function."""
     torch.compiler.reset()
@@ -179,7 +230,7 @@ def prepare_call(name: str, case: dict[str, object], seed: int = 0) -> Prepared:
     """
     peer, full = all_peers()[name], Case(**case)  # type: ignore[arg-type]
     call = full.bind(peer.build(), peer.truth)
-    tiny = Case(1, 1, 8, full.head_dim, full.dtype, full.training, full.device)
+    tiny = replace(full, batch_size=1, num_heads=1, num_tokens=8)
     inputs, first = full.make_inputs(seed), tiny.make_inputs(seed)
     return Prepared(partial(call, *(inputs if peer.compiled else first)), partial(call, *inputs))
 
@@ -206,17 +257,16 @@ def _compiled_flex() -> Attention:
     return attention
 
 
-def _forced_sdpa(backend: SDPBackend) -> Attention:
+def _in_fp32(function: Attention) -> Attention:
     def attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v)
+        return function(q.float(), k.float(), v.float(), temperature).to(q.dtype)
 
     return attention
 
 
 def _sdpa_obstacle(peer: Peer, case: Case) -> str | None:
     """Ask PyTorch for a tiny call: which backend takes what depends on the build, the GPU, D and the dtype."""
-    tiny = Case(1, case.num_heads, 16, case.head_dim, case.dtype, case.training, case.device)
+    tiny = replace(case, batch_size=1, num_tokens=16)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -17,6 +17,7 @@ from .memory import RESOLUTION
 
 FIELDS = [field.name for field in dataclasses.fields(Row)]
 QUANTITIES = {"seconds": "time of one call [s]", "peak_bytes": "peak extra memory of one call [bytes]"}
+GPU_COLUMNS = ["CUDA graph", "x sdpa", "TFLOP/s", "of the limit"]
 PACKINGS: dict[Packing, str] = {"none": "paper", "circulant": "circulant packing"}
 
 
@@ -102,13 +103,17 @@ def _last_crossing(direct: dict[int, float], efficient: dict[int, float]) -> flo
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """Return one case's rows as a Markdown table; the ratio to sdpa is above 1 where the candidate is faster."""
-    graphs = any(row.graph_seconds for row in rows)
+    """Return one case's rows as a Markdown table; the ratio to sdpa is above 1 where the candidate is faster.
+
+    Rows of a GPU have columns more: the device's own time, its ratio to sdpa's, and by it the rate of the matrix products and
+    the part of the time that no attention can do without (`limits`).
+    """
+    on_gpu = any(row.device == "cuda" for row in rows)
     header = ["candidate", "time", "10 - 90 %", "x sdpa", "10 - 90 %", "GFLOP/s", "peak memory", "error"]
-    lines = [header + ["CUDA graph"] * graphs]
+    lines = [header + (GPU_COLUMNS if on_gpu else [])]
     lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
     for row in rows:
-        cells = _cells(row) + ([_time(row.graph_seconds)] if graphs else [])
+        cells = _cells(row) + (_gpu_cells(row) if on_gpu else [])
         lines.append(cells + [""] * (len(lines[0]) - len(cells)))
     notes = [f"{row.candidate}: {row.note}" for row in rows if row.status == "ok" and row.note]
     return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), *notes])
@@ -128,6 +133,17 @@ def _cells(row: Row) -> list[str]:
         "" if row.gflops is None else f"{row.gflops:.3g}",
         _mebibytes(row.peak_bytes),
         error,
+    ]
+
+
+def _gpu_cells(row: Row) -> list[str]:
+    if row.seconds is None:
+        return [""] * len(GPU_COLUMNS)
+    return [
+        _time(row.graph_seconds),
+        "" if row.graph_speedup is None else f"{row.graph_speedup:.2f}",
+        "" if row.tflops is None else f"{row.tflops:.3g}",
+        "not measured" if row.limit_share is None else f"{row.limit_share:.0%}",
     ]
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
-from taylorvit.benchmark.memory import is_out_of_memory, peak_bytes_on_cpu, peak_bytes_on_gpu
+from taylorvit.benchmark.memory import is_out_of_memory, peak_bytes_on_cpu, peak_bytes_on_gpu, release_memory
 from taylorvit.benchmark.timing import CandidateError, Comparison, Spread, compare
 from taylorvit.models import random_inputs
 from taylorvit.studies.model_candidates import Candidate, Verdict, check_logits, inspect_model
@@ -30,7 +30,6 @@ from taylorvit.studies.model_passes import (
     make_inputs,
     memory_limited,
     prepare_pass,
-    release_memory,
 )
 
 Status = Literal["ok", "wrong", "failed", "out of memory"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import re
 import resource
 from collections.abc import Iterator
@@ -132,10 +131,3 @@ def memory_limited(settings: Settings) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-
-
-def release_memory() -> None:
-    """Give back what a failed pass left; call it when its exception, which holds the tensors, is gone."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

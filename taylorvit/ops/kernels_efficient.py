@@ -1,0 +1,502 @@
+"""The Triton kernels of the efficient form, each used in the forward and in the backward pass.
+
+The quadratic term is a matrix product over the features of a vector x: tiles of 16 columns, and for every pair of tiles (m, n),
+n <= m, the 256 products x[16 m + i] x[16 n + j] in row 16 i + j. Pairs of different tiles stand for two and count double in the
+state. Features are built in registers, rounded to the inputs' dtype, and never stored.
+
+    moments         k, v -> inverse lengths; sums of k^ v^T, k^ k^T, k^, v           q, g -> the same, and g, delta
+    state           k, v -> sums of features(k^) (v - m)^T                           q, g -> the same with g for v - m
+    reduce          fixed-order sums of both over the splits of the tokens
+    apply           q -> y                                                           k -> dv
+    expand          the state of features as one of all D x D x D sums
+    apply_backward  q, g -> dq, dtau                                                 k, v -> dk
+
+Features are of unit vectors without the temperature, which multiplies fp32 sums later, and states are means over the tokens:
+what is rounded to fp16 stays in its range. m is the mean of the values rounded to their dtype, so v - m is exact wherever the
+mean is large. Formulas: README.md. WIDTH is the head dimension D padded to a power of two, at least 16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels import A, B, C, bounded_temperature, lengths, unit_gradient
+
+TILE = tl.constexpr(16)
+FEATURES = tl.constexpr(256)  # of a pair of tiles
+
+# Rows of the moments of a head, each `WIDTH` wide, after those of the Gram matrix.
+SUM, CENTRE, OFFSET, NUM_VECTORS = (tl.constexpr(i) for i in range(4))
+
+
+@triton.jit
+def of_head(pointer, head, num_heads, stride_b, stride_h):
+    """Return the start of a head, counted through the batch, of a tensor (B, H, N, D)."""
+    return pointer + (head // num_heads).to(tl.int64) * stride_b + (head % num_heads).to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tokens(pointer, tokens, columns, num_tokens, stride_n, stride_d, HEAD_DIM: tl.constexpr):
+    """Return (tokens, columns) of a head in its dtype, 0 beyond its end."""
+    inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
+    addresses = pointer + tokens.to(tl.int64)[:, None] * stride_n + columns[None, :] * stride_d
+    return tl.load(addresses, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_transposed(pointer, tokens, columns, num_tokens, stride_n, stride_d, HEAD_DIM: tl.constexpr):
+    """Return (columns, tokens) of a head in its dtype, 0 beyond its end."""
+    inside = (columns < HEAD_DIM)[:, None] & (tokens < num_tokens)[None, :]
+    addresses = pointer + columns[:, None] * stride_d + tokens.to(tl.int64)[None, :] * stride_n
+    return tl.load(addresses, mask=inside, other=0.0)
+
+
+@triton.jit
+def square(pointer, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Load a matrix (WIDTH, WIDTH)."""
+    rows, columns = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
+    return tl.load(pointer + (columns * WIDTH + rows if TRANSPOSED else rows * WIDTH + columns))
+
+
+@triton.jit
+def pair_of(index, TILES: tl.constexpr):
+    """Return the tiles (m, n), n <= m, of a pair: (0, 0), (1, 0), (1, 1), (2, 0) ..."""
+    m = index * 0
+    for i in tl.static_range(1, TILES):
+        m += tl.where(index >= i * (i + 1) // 2, 1, 0)
+    return m, index - m * (m + 1) // 2
+
+
+@triton.jit
+def power_of_two(x):
+    """Return a power of two for each row of x (rows, columns) that brings its largest number near 1."""
+    largest = tl.minimum(tl.maximum(tl.max(tl.abs(x), axis=1), 1e-30), 1e30)
+    return tl.exp2(-tl.floor(tl.log2(largest)))
+
+
+@triton.jit
+def moments(
+    x,
+    w,
+    inverse,
+    partials,
+    row_means,
+    deviations,
+    means,
+    g,
+    delta,
+    x_stride_b,
+    x_stride_h,
+    x_stride_n,
+    x_stride_d,
+    w_stride_b,
+    w_stride_h,
+    w_stride_n,
+    w_stride_d,
+    num_heads,
+    num_tokens,
+    num_splits,
+    tokens_per_split,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write 1 / |x| (heads, N) fp32, and for every split the sums x^ w^T, omega x^ x^T, omega x^ and w, fp32.
+
+    Forward: x = k, w = v, omega = 1. Backward: x = q, w = g = dy / z, omega = delta = g . (y / scale - m); both are written.
+    partials: (heads, splits, 2 WIDTH + 2, WIDTH). Grid: (heads * splits,).
+    """
+    program = tl.program_id(0)
+    head = (program // num_splits).to(tl.int64)
+    x, w = of_head(x, head, num_heads, x_stride_b, x_stride_h), of_head(w, head, num_heads, w_stride_b, w_stride_h)
+    columns = tl.arange(0, WIDTH)
+    linear = tl.zeros([WIDTH, WIDTH], tl.float32)
+    gram = tl.zeros([WIDTH, WIDTH], tl.float32)
+    x_sum = tl.zeros([WIDTH], tl.float32)
+    w_sum = tl.zeros([WIDTH], tl.float32)
+    if BACKWARD:
+        offset = tl.load(means + (head * (WIDTH + NUM_VECTORS) + WIDTH + OFFSET) * WIDTH + columns)
+    first = (program % num_splits) * tokens_per_split
+    for start in range(first, tl.minimum(first + tokens_per_split, num_tokens), BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        inside = tokens < num_tokens
+        rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
+        other = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
+        factor = 1.0 / lengths(rows.to(tl.float32))
+        tl.store(inverse + head * num_tokens + tokens, factor, mask=inside)
+        unit = (rows.to(tl.float32) * factor[:, None]).to(rows.dtype)
+        if BACKWARD:
+            z = tl.load(row_means + head * num_tokens + tokens, mask=inside, other=1.0)
+            other = (other.to(tl.float32) / z[:, None]).to(rows.dtype)
+            matrix = tokens.to(tl.int64)[:, None] * HEAD_DIM + columns[None, :]
+            kept = inside[:, None] & (columns < HEAD_DIM)[None, :]
+            deviation = tl.load(deviations + head * num_tokens * HEAD_DIM + matrix, mask=kept, other=0.0).to(tl.float32)
+            omega = tl.sum(other.to(tl.float32) * (deviation + offset[None, :]), axis=1)
+            tl.store(g + head * num_tokens * HEAD_DIM + matrix, other, mask=kept)
+            tl.store(delta + head * num_tokens + tokens, omega, mask=inside)
+            # omega may be tiny: its products keep the exponents of fp32
+            weighted = unit.to(tl.float32) * omega[:, None]
+            gram = tl.dot(tl.trans(unit.to(tl.float32)), weighted, gram, input_precision=PRECISION)
+            x_sum += tl.sum(weighted, axis=0)
+        else:
+            gram = tl.dot(tl.trans(unit), unit, gram, input_precision=PRECISION)
+            x_sum += tl.sum(unit.to(tl.float32), axis=0)
+        linear = tl.dot(tl.trans(unit), other, linear, input_precision=PRECISION)
+        w_sum += tl.sum(other.to(tl.float32), axis=0)
+    partials += (head * num_splits + program % num_splits) * (2 * WIDTH + 2) * WIDTH
+    matrix = columns[:, None] * WIDTH + columns[None, :]
+    tl.store(partials + matrix, linear)
+    tl.store(partials + WIDTH * WIDTH + matrix, gram)
+    tl.store(partials + 2 * WIDTH * WIDTH + columns, x_sum)
+    tl.store(partials + (2 * WIDTH + 1) * WIDTH + columns, w_sum)
+
+
+@triton.jit
+def sum_of_splits(partials, offsets, num_splits, stride):
+    """Return sum over splits of partials[split, offsets], in the order of the splits."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    for _ in range(num_splits):
+        total += tl.load(partials + offsets)
+        partials += stride
+    return total
+
+
+@triton.jit
+def mean_value(partials, num_splits, num_tokens, WIDTH: tl.constexpr):
+    """Return the mean of w (WIDTH,) fp32; partials: those of `moments`, of one head."""
+    offsets = (2 * WIDTH + 1) * WIDTH + tl.arange(0, WIDTH)
+    return sum_of_splits(partials, offsets, num_splits, (2 * WIDTH + 2) * WIDTH) / num_tokens
+
+
+@triton.jit
+def state(
+    x,
+    w,
+    inverse,
+    moment_partials,
+    partials,
+    x_stride_b,
+    x_stride_h,
+    x_stride_n,
+    x_stride_d,
+    w_stride_b,
+    w_stride_h,
+    w_stride_n,
+    w_stride_d,
+    num_heads,
+    num_tokens,
+    num_moment_splits,
+    num_splits,
+    tokens_per_split,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    CENTRED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr,
+):
+    """Write the sums features(x^) w^T of a split, fp32; CENTRED: of w less its mean m, which is rounded to its dtype.
+
+    A program has LEFT columns of a pair's first tile, so 16 LEFT features, on the M side of its product.
+    partials: (heads, splits, pairs * 256, WIDTH). Grid: (heads * splits * pairs * 16 / LEFT,).
+    """
+    num_blocks: tl.constexpr = TILES * (TILES + 1) // 2 * (TILE // LEFT)
+    program = tl.program_id(0)
+    block, part = program % num_blocks, program // num_blocks
+    head, split = (part // num_splits).to(tl.int64), part % num_splits
+    m, n = pair_of(block // (TILE // LEFT), TILES)
+    first_columns = m * TILE + block % (TILE // LEFT) * LEFT + tl.arange(0, LEFT)
+    second_columns = n * TILE + tl.arange(0, TILE)
+    columns = tl.arange(0, WIDTH)
+    x, w = of_head(x, head, num_heads, x_stride_b, x_stride_h), of_head(w, head, num_heads, w_stride_b, w_stride_h)
+    if CENTRED:
+        moment_partials += head * num_moment_splits * (2 * WIDTH + 2) * WIDTH
+        centre = mean_value(moment_partials, num_moment_splits, num_tokens, WIDTH).to(w.dtype.element_ty)
+    total = tl.zeros([LEFT * TILE, WIDTH], tl.float32)
+    first = split * tokens_per_split
+    for start in range(first, tl.minimum(first + tokens_per_split, num_tokens), BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        left = load_transposed(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)  # (LEFT, BLOCK_N)
+        right = load_transposed(x, tokens, second_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)  # (16, BLOCK_N)
+        values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
+        factor = tl.load(inverse + head * num_tokens + tokens, mask=tokens < num_tokens, other=0.0)
+        left = (left.to(tl.float32) * factor[None, :]).to(values.dtype)
+        right = (right.to(tl.float32) * factor[None, :]).to(values.dtype)
+        features = tl.reshape(left[:, None, :] * right[None, :, :], [LEFT * TILE, BLOCK_N])
+        if CENTRED:
+            values = values - centre[None, :]  # beyond the last token features are 0
+        total = tl.dot(features, values, total, input_precision=PRECISION)
+    rows = block * LEFT * TILE + tl.arange(0, LEFT * TILE)
+    partials += (head * num_splits + split) * num_blocks * LEFT * TILE * WIDTH
+    tl.store(partials + rows[:, None] * WIDTH + columns[None, :], total)
+
+
+@triton.jit
+def reduce(
+    partials,
+    moment_partials,
+    states,
+    means,
+    num_tokens,
+    num_splits,
+    num_moment_splits,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    SCALE: tl.constexpr,
+    CENTRED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Sum the splits, in their order, into the states and the means of the moments.
+
+    states: (heads, pairs * 256 + WIDTH, WIDTH) in the inputs' dtype: SCALE / N times the state, with pairs of different tiles
+    doubled, and times the sum of x^ w^T, of the same w. means: (heads, WIDTH + 3, WIDTH) fp32: the Gram matrix and the sum of
+    x^, both over N, the centre m (CENTRED, else the mean of w), and the mean of w less that.
+    Grid: (heads * (pairs * 256 / BLOCK_ROWS + 1),); the last program of a head does the moments.
+    """
+    num_rows: tl.constexpr = TILES * (TILES + 1) // 2 * FEATURES
+    num_blocks: tl.constexpr = num_rows // BLOCK_ROWS
+    program = tl.program_id(0)
+    head, block = (program // (num_blocks + 1)).to(tl.int64), program % (num_blocks + 1)
+    columns = tl.arange(0, WIDTH)
+    states += head * (num_rows + WIDTH) * WIDTH
+    if block < num_blocks:
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        offsets = rows[:, None] * WIDTH + columns[None, :]
+        total = sum_of_splits(partials + head * num_splits * num_rows * WIDTH, offsets, num_splits, num_rows * WIDTH)
+        m, n = pair_of(block * BLOCK_ROWS // FEATURES, TILES)
+        multiplicity = tl.where(m == n, 1.0, 2.0)
+        tl.store(states + offsets, (total * (multiplicity * SCALE / num_tokens)).to(states.dtype.element_ty))
+    else:
+        size: tl.constexpr = (2 * WIDTH + 2) * WIDTH
+        moment_partials += head * num_moment_splits * size
+        means += head * (WIDTH + NUM_VECTORS) * WIDTH
+        mean = mean_value(moment_partials, num_moment_splits, num_tokens, WIDTH)
+        centre = mean.to(states.dtype.element_ty).to(tl.float32) if CENTRED else mean
+        tl.store(means + (WIDTH + CENTRE) * WIDTH + columns, centre)
+        tl.store(means + (WIDTH + OFFSET) * WIDTH + columns, mean - centre)
+        x_sum = sum_of_splits(moment_partials, 2 * WIDTH * WIDTH + columns, num_moment_splits, size) / num_tokens
+        tl.store(means + (WIDTH + SUM) * WIDTH + columns, x_sum)
+        for start in range(0, WIDTH, TILE):
+            rows = start + tl.arange(0, TILE)
+            offsets = rows[:, None] * WIDTH + columns[None, :]
+            gram = sum_of_splits(moment_partials + WIDTH * WIDTH, offsets, num_moment_splits, size) / num_tokens
+            tl.store(means + offsets, gram)
+            linear = sum_of_splits(moment_partials, offsets, num_moment_splits, size) / num_tokens
+            if CENTRED:
+                x_part = sum_of_splits(moment_partials, 2 * WIDTH * WIDTH + rows, num_moment_splits, size) / num_tokens
+                linear -= x_part[:, None] * centre[None, :]
+            tl.store(states + num_rows * WIDTH + offsets, (linear * SCALE).to(states.dtype.element_ty))
+
+
+@triton.jit
+def apply(
+    x,
+    states,
+    means,
+    temperature,
+    y,
+    deviations,
+    row_means,
+    x_stride_b,
+    x_stride_h,
+    x_stride_n,
+    x_stride_d,
+    y_stride_b,
+    y_stride_h,
+    y_stride_n,
+    y_stride_d,
+    num_heads,
+    num_tokens,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    SCALE: tl.constexpr,
+    FORWARD: tl.constexpr,
+    TRAINING: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LEFT: tl.constexpr,
+):
+    """Multiply features(x^) with a state. FORWARD: write y and, TRAINING, its deviations and row means. Else: write dv.
+
+    Forward: x = q, the state of k and v. Backward: x = k, the state of q and g. Grid: (heads * blocks of tokens,).
+    """
+    num_rows: tl.constexpr = TILES * (TILES + 1) // 2 * FEATURES
+    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    tokens = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, WIDTH)
+    x = of_head(x, head, num_heads, x_stride_b, x_stride_h)
+    states += head * (num_rows + WIDTH) * WIDTH
+    means += head * (WIDTH + NUM_VECTORS) * WIDTH
+    t, s = bounded_temperature(temperature, head % num_heads)
+    dtype = states.dtype.element_ty
+
+    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM).to(tl.float32)
+    factor = 1.0 / lengths(rows)
+    total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    block_offsets = tl.arange(0, LEFT * TILE)[:, None] * WIDTH + columns[None, :]
+    for pair in range(num_rows // FEATURES):
+        m, n = pair_of(pair, TILES)
+        right = load_tokens(x, tokens, n * TILE + tl.arange(0, TILE), num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
+        right = (right.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, 16)
+        for piece in tl.static_range(0, TILE, LEFT):
+            first_columns = m * TILE + piece + tl.arange(0, LEFT)
+            left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
+            left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
+            features = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
+            part = tl.load(states + (pair * FEATURES + piece * TILE) * WIDTH + block_offsets)
+            total = tl.dot(features, part, total, input_precision=PRECISION)
+
+    unit = rows * factor[:, None]
+    rounded = unit.to(dtype)
+    linear = square(states + num_rows * WIDTH, WIDTH, False)
+    slope = B / s * t
+    # a t^2 quadratic + b1 t linear, as b1 t (a tau / b quadratic + linear): the linear term goes into the same accumulator
+    total = tl.dot(rounded, linear, total * (A / B * s * t), input_precision=PRECISION) * (slope / SCALE)
+    constant = C / (s * s)
+    mean = tl.load(means + (WIDTH + CENTRE) * WIDTH + columns) + tl.load(means + (WIDTH + OFFSET) * WIDTH + columns)
+    inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
+    if FORWARD:
+        unit = rounded.to(tl.float32)
+        gram = square(means, WIDTH, True)
+        x_mean = tl.load(means + (WIDTH + SUM) * WIDTH + columns)
+        weights = A * t * t * tl.dot(unit, gram, input_precision=PRECISION) + slope * x_mean[None, :]
+        p_mean = tl.sum(unit * weights, axis=1)
+        z = p_mean + constant
+        offset = tl.load(means + (WIDTH + OFFSET) * WIDTH + columns)
+        total = (total - p_mean[:, None] * offset[None, :]) / z[:, None]
+        if TRAINING:
+            matrix = (head * num_tokens + tokens)[:, None] * HEAD_DIM + columns[None, :]
+            tl.store(deviations + matrix, total.to(dtype), mask=inside)
+            tl.store(row_means + head * num_tokens + tokens, z, mask=tokens < num_tokens)
+    else:
+        mean *= constant
+    y = of_head(y, head, num_heads, y_stride_b, y_stride_h)
+    y += tokens.to(tl.int64)[:, None] * y_stride_n + columns[None, :] * y_stride_d
+    tl.store(y, (scale * (total + mean[None, :])).to(dtype), mask=inside)
+
+
+@triton.jit
+def expand(states, expanded, WIDTH: tl.constexpr, TILES: tl.constexpr):
+    """Write the state of products (b, c) by columns a from that of features (a, b) by columns c: sums of x_a x_b w_c.
+
+    expanded: (heads, TILES^2 * 256, WIDTH), the 256 products of tiles m of b and n of c in the place m TILES + n.
+    Grid: (heads * TILES^2,).
+    """
+    num_rows: tl.constexpr = TILES * (TILES + 1) // 2 * FEATURES
+    program = tl.program_id(0)
+    head, block = (program // (TILES * TILES)).to(tl.int64), program % (TILES * TILES)
+    rows, columns = tl.arange(0, FEATURES)[:, None], tl.arange(0, WIDTH)[None, :]
+    b, c = block // TILES * TILE + rows // TILE, block % TILES * TILE + rows % TILE
+    first, second = tl.maximum(columns, b), tl.minimum(columns, b)
+    m, n = first // TILE, second // TILE
+    feature = (m * (m + 1) // 2 + n) * FEATURES + first % TILE * TILE + second % TILE
+    value = tl.load(states + head * (num_rows + WIDTH) * WIDTH + feature * WIDTH + c, mask=columns < TILES * TILE, other=0.0)
+    value = tl.where(m == n, value, 0.5 * value)
+    tl.store(expanded + (head * TILES * TILES + block) * FEATURES * WIDTH + rows * WIDTH + columns, value)
+
+
+@triton.jit
+def apply_backward(
+    x,
+    w,
+    delta,
+    expanded,
+    states,
+    means,
+    centres,
+    temperature,
+    dx,
+    dtemperature,
+    x_stride_b,
+    x_stride_h,
+    x_stride_n,
+    x_stride_d,
+    w_stride_b,
+    w_stride_h,
+    w_stride_n,
+    w_stride_d,
+    dx_stride_b,
+    dx_stride_h,
+    dx_stride_n,
+    dx_stride_d,
+    num_heads,
+    num_tokens,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    SCALE: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    LEFT: tl.constexpr,
+):
+    """Write dq and, for every block of tokens, its part of dtau; KEYS: write dk.
+
+    Queries: x = q, w = g, the state and means of k and v. KEYS: x = k, w = v - m with m in `centres`, the state and means of q
+    and g, delta = 1. dtemperature: (heads, blocks) fp32. Grid: (heads * blocks of tokens,).
+    """
+    num_rows: tl.constexpr = TILES * (TILES + 1) // 2 * FEATURES
+    num_products: tl.constexpr = TILES * TILES * FEATURES
+    num_blocks = tl.cdiv(num_tokens, BLOCK_M)
+    head = (tl.program_id(0) // num_blocks).to(tl.int64)
+    tokens = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, WIDTH)
+    x, w = of_head(x, head, num_heads, x_stride_b, x_stride_h), of_head(w, head, num_heads, w_stride_b, w_stride_h)
+    states += head * (num_rows + WIDTH) * WIDTH
+    expanded += head * num_products * WIDTH
+    means += head * (WIDTH + NUM_VECTORS) * WIDTH
+    centres += (head * (WIDTH + NUM_VECTORS) + WIDTH + CENTRE) * WIDTH
+    t, s = bounded_temperature(temperature, head % num_heads)
+    dtype = states.dtype.element_ty
+
+    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM).to(tl.float32)
+    factor = 1.0 / lengths(rows)
+    values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)
+    if KEYS:
+        values = values - tl.load(centres + columns).to(dtype)[None, :]
+    shrink = power_of_two(values.to(tl.float32))  # exact, for the range of fp16
+    total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    block_offsets = tl.arange(0, LEFT * TILE)[:, None] * WIDTH + columns[None, :]
+    for pair in range(num_products // FEATURES):
+        second_columns = pair % TILES * TILE + tl.arange(0, TILE)
+        right = load_tokens(w, tokens, second_columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)
+        if KEYS:
+            right = right - tl.load(centres + second_columns).to(dtype)[None, :]
+        right = (right.to(tl.float32) * shrink[:, None]).to(dtype)  # (BLOCK_M, 16)
+        for piece in tl.static_range(0, TILE, LEFT):
+            first_columns = pair // TILES * TILE + piece + tl.arange(0, LEFT)
+            left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
+            left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
+            products = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
+            part = tl.load(expanded + (pair * FEATURES + piece * TILE) * WIDTH + block_offsets)
+            total = tl.dot(products, part, total, input_precision=PRECISION)
+
+    unit = rows * factor[:, None]
+    linear = square(states + num_rows * WIDTH, WIDTH, True)
+    values = (values.to(tl.float32) * shrink[:, None]).to(dtype)
+    # (b1 linear + 2 a t quadratic) = b1 (2 a tau / b quadratic + linear)
+    total = tl.dot(values, linear, total * (2 * A / B * s * t), input_precision=PRECISION)
+    total /= (shrink * s * (SCALE / B))[:, None]
+    gram = square(means, WIDTH, False)
+    moment = 2 * A * t * tl.dot(unit.to(dtype).to(tl.float32), gram, input_precision=PRECISION)
+    moment += (tl.load(means + (WIDTH + SUM) * WIDTH + columns) * (B / s))[None, :]
+    if KEYS:
+        total = scale * (total - moment)
+    else:
+        omega = tl.load(delta + head * num_tokens + tokens, mask=tokens < num_tokens, other=0.0)
+        total = scale * (total - omega[:, None] * moment)
+    gradient, radial = unit_gradient(unit, total, 1.0 / factor)
+    if not KEYS:
+        tl.store(dtemperature + tl.program_id(0), tl.sum(radial, axis=0) / s)
+    dx = of_head(dx, head, num_heads, dx_stride_b, dx_stride_h)
+    dx += tokens.to(tl.int64)[:, None] * dx_stride_n + columns[None, :] * dx_stride_d
+    inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(dx, (t * gradient).to(dtype), mask=inside)

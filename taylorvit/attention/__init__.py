@@ -8,20 +8,36 @@ from typing import Any
 
 from torch import nn
 
-from taylorvit.attention import softmax, taylor_order, taylorshift
+from taylorvit.attention import performer, softmax, taylor_order, taylorshift
+from taylorvit.attention.performer import Performer
 from taylorvit.attention.softmax import Softmax
 from taylorvit.attention.taylor_order import TaylorOrder
 from taylorvit.attention.taylorshift import TaylorShift
 from taylorvit.suggest import nearest
 
-__all__ = ["ATTENTIONS", "Softmax", "TaylorOrder", "TaylorShift", "bind_options", "check_attention_options", "get_attention"]
+__all__ = [
+    "ATTENTIONS",
+    "Performer",
+    "Softmax",
+    "TaylorOrder",
+    "TaylorShift",
+    "bind_options",
+    "check_attention_options",
+    "get_attention",
+]
 
-ATTENTIONS: dict[str, type[nn.Module]] = {"taylorshift": TaylorShift, "softmax": Softmax, "taylor_order": TaylorOrder}
+ATTENTIONS: dict[str, type[nn.Module]] = {
+    "taylorshift": TaylorShift,
+    "softmax": Softmax,
+    "taylor_order": TaylorOrder,
+    "performer": Performer,
+}
 # One checker per attention: its keyword arguments are the options, and it raises ValueError on a value that is not valid.
 OPTION_CHECKS: dict[str, Callable[..., None]] = {
     "taylorshift": taylorshift.check_options,
     "softmax": softmax.check_options,
     "taylor_order": taylor_order.check_options,
+    "performer": performer.check_options,
 }
 
 

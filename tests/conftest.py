@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_digit_folder
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's own switch: its kernels then run on CPU, step by step
+    # Triton's own switch: its kernels then run on CPU, step by step. Read when triton is imported, which the next line does.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from helpers import write_digit_folder
 
 torch.set_num_threads(1)  # the suite may share its cores; results do not depend on it
 

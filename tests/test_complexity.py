@@ -6,11 +6,13 @@ import json
 import math
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 from helpers import ROOT
 
 from taylorvit.complexity import (
+    Packing,
     entries_direct,
     entries_efficient,
     entries_mhsa,
@@ -82,7 +84,7 @@ def test_crossovers_in_closed_form(head_dim: int) -> None:
     assert memory_crossover(d) == pytest.approx((d**2 + 2 * d + 1 + math.sqrt(d**4 + 12 * d**3 + 14 * d**2 + 4 * d + 1)) / 4)
 
 
-@pytest.mark.parametrize("packing", ["none", "symmetric", "circulant"])
+@pytest.mark.parametrize("packing", get_args(Packing))
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_the_forms_cost_the_same_at_their_crossover(head_dim: int, packing: str) -> None:
     n0, n1 = flops_crossover(head_dim, packing), memory_crossover(head_dim, packing)
@@ -112,6 +114,8 @@ def test_packings_hold_every_pair(head_dim: int) -> None:
     assert quadratic_features(head_dim, "symmetric") == len(pairs)
     assert rolled == pairs
     assert quadratic_features(head_dim, "circulant") == head_dim * (head_dim // 2 + 1)
+    tiles = {(a // 16, b // 16) for a, b in pairs}
+    assert quadratic_features(head_dim, "tiles") == 256 * len(tiles)
 
 
 def test_mhsa_polynomials_of_the_paper() -> None:
@@ -172,7 +176,7 @@ def printed_rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[li
 def test_the_calculator_shows_the_exact_switch_points(capsys: pytest.CaptureFixture[str]) -> None:
     rows = printed_rows(capsys, "--embed_dim", "256", "--num_heads", "8", "64")
     assert ["8", "32", "1,057", "(1056.746)", "561", "(560.746)", "577", "(576.746)"] in [row[:8] for row in rows]
-    (exact,) = [row[8:] for row in rows if row[:2] == ["8", "32"] and len(row) == 14]
+    (exact,) = [row[10:16] for row in rows if row[:2] == ["8", "32"] and len(row) == 18]
     assert exact == ["574", "(573.939)", "324", "(323.436)", "332", "(331.571)"]  # the project page has the bound, 577, for 574
     assert ["64", "4"] in [row[:2] for row in rows]
 

@@ -192,16 +192,6 @@ def test_gradient_of_a_single_input(form: str, needed: int) -> None:
     torch.testing.assert_close(computed, in_fp64(tensors, grad)[1 + needed])
 
 
-@each_form
-def test_second_derivatives_are_refused(form: str) -> None:
-    tensors, grad = inputs((1, 2, 5, 3))
-    leaves = [x.requires_grad_() for x in tensors]
-    first = torch.autograd.grad(taylor_attention(*leaves, form=form, impl="cpu"), leaves, grad, create_graph=True)
-    for gradient in first:
-        with pytest.raises(NotImplementedError, match="impl 'cpu' has no second derivative: use impl='reference'"):
-            torch.autograd.grad(gradient.sum(), leaves, retain_graph=True, allow_unused=True)
-
-
 # ---- tilings
 
 # One head's keys in several tiles, its queries in several steps; several heads a step; groups of images, of heads; ragged ends.

@@ -13,17 +13,20 @@ argument `packing` counts an implementation that uses this.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 Form = Literal["direct", "efficient"]
-Packing = Literal["none", "symmetric", "circulant"]
+Packing = Literal["none", "symmetric", "circulant", "tiles"]
+
+TILE = 16  # width of the tiles of matrix units
 
 
 def quadratic_features(head_dim: int, packing: Packing = "none") -> int:
     """Count the products x_a * x_b that the efficient form holds per token.
 
     `none` holds all d^2, `symmetric` one of each pair, `circulant` the d // 2 + 1 blocks x * roll(x, delta): whole rows of
-    d numbers, hence aligned for matrix units, at the price of d/2 doubled products where d is even.
+    d numbers, at the price of d/2 doubled products where d is even. `tiles` holds one of each pair of tiles of 16 numbers:
+    whole blocks of 16 x 16 products, which is how the GPU kernels feed matrix units.
 
     Raises:
         ValueError: packing is unknown.
@@ -34,7 +37,10 @@ def quadratic_features(head_dim: int, packing: Packing = "none") -> int:
         return head_dim * (head_dim + 1) // 2
     if packing == "circulant":
         return head_dim * (head_dim // 2 + 1)
-    raise ValueError(f"packing must be 'none', 'symmetric' or 'circulant', got {packing!r}")
+    if packing == "tiles":
+        tiles = -(-head_dim // TILE)
+        return TILE**2 * tiles * (tiles + 1) // 2
+    raise ValueError(f"packing must be one of {', '.join(get_args(Packing))}, got {packing!r}")
 
 
 def num_features(head_dim: int, packing: Packing = "none") -> int:

@@ -102,14 +102,15 @@ def _fault(options: argparse.Namespace) -> str:
 
 
 def _switch_table(switches: list[dict[str, Any]]) -> list[str]:
-    rows = [["heads", "d", "N0", "symmetric", "circulant", "N1", "symmetric", "circulant"]]
+    packed = get_args(Packing)[1:]
+    rows = [["heads", "d", "N0", *packed, "N1", *packed]]
     for switch in switches:
         crossings = [*switch["flops_crossover"].values(), *switch["memory_crossover"].values()]
         shown = [f"{math.floor(N) + 1:,} ({N:.3f})" for N in crossings]
         rows.append([f"{switch['num_heads']}", f"{switch['head_dim']}", *shown])
     return [
         "The efficient form takes fewer operations from N0 tokens on and holds fewer numbers from N1 on; in brackets: exactly.",
-        "N0 and N1 are the paper's, with all d^2 products; symmetric and circulant are those of packed products.",
+        "N0 and N1 are the paper's, with all d^2 products; the columns behind each are those of packed products.",
         "",
         *_align(rows),
     ]

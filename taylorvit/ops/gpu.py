@@ -20,13 +20,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..complexity import quadratic_features
 from .operators import Tensors, empty_like_tokens, refuse_forward_mode, register_gradient, register_operations
 
 DEVICE_TYPES = ("cuda", "meta")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)  # Ampere: the first with bf16 and asynchronous copies
-TILE = 16  # columns of a tile of features
 
 
 def obstacle(device_type: str, dtype: torch.dtype | None = None, head_dim: int | None = None) -> str | None:
@@ -148,6 +148,8 @@ register_gradient(_efficient, _efficient_backward, "triton")
 
 
 def _forward(form: str, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, training: bool) -> Tensors:
+    if not q.numel():
+        return tuple(x.zero_() for x in _kernels(form).empty_results(q, training))
     with torch.cuda.device_of(q):  # kernels run on the current device, which need not be that of the tensors
         return _kernels(form).forward(q, k, v, temperature.float().contiguous(), training)
 
@@ -155,20 +157,21 @@ def _forward(form: str, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, tr
 def _backward(
     form: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not q.numel():
+        return empty_like_tokens(q), empty_like_tokens(q), empty_like_tokens(q), torch.zeros_like(temperature)
     with torch.cuda.device_of(q):
         dq, dk, dv, dtemperature = _kernels(form).backward(grad, q, k, v, temperature.float().contiguous(), *saved)
     return dq, dk, dv, dtemperature.to(temperature.dtype)
 
 
-def _features(head_dim: int) -> int:
-    """Rows of the state with the Gram matrix: what a token is multiplied with in the efficient form."""
-    tiles = math.ceil(head_dim / TILE)
-    return tiles * (tiles + 1) // 2 * TILE**2 + 2 * head_dim
+def _rows(head_dim: int) -> int:
+    """Rows of the state and of the Gram matrix: what a token is multiplied with in the efficient form."""
+    return quadratic_features(head_dim, "tiles") + 2 * head_dim
 
 
 # What FlopCounterMode counts: the matrix products over the tokens without those done twice, a multiply-add as two operations.
 _OPERATORS = torch.ops.taylorvit
 register_operations(_OPERATORS.triton_direct, lambda q: 4 * math.prod(q) * q[-2])
 register_operations(_OPERATORS.triton_direct_backward, lambda grad: 10 * math.prod(grad) * grad[-2])
-register_operations(_OPERATORS.triton_efficient, lambda q: 4 * math.prod(q) * _features(q[-1]))
-register_operations(_OPERATORS.triton_efficient_backward, lambda grad: 8 * math.prod(grad) * _features(grad[-1]))
+register_operations(_OPERATORS.triton_efficient, lambda q: 4 * math.prod(q) * _rows(q[-1]))
+register_operations(_OPERATORS.triton_efficient_backward, lambda grad: 8 * math.prod(grad) * _rows(grad[-1]))

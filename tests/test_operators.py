@@ -1,4 +1,7 @@
-"""The CPU operators inside what PyTorch does to operators: opcheck, compile, export, checkpointing, DDP, functorch."""
+"""The operators inside what PyTorch does to operators: opcheck, compile, export, checkpointing, DDP, functorch.
+
+Those of the GPU run in Triton's interpreter where there is no GPU, which has fp16 and fp32 only.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,14 @@ from taylorvit.ops import taylor_attention
 
 Shape = tuple[int, int, int, int]
 
-FORMS = ("direct", "efficient")
-each_form = pytest.mark.parametrize("form", FORMS)
+each_operator = pytest.mark.parametrize(
+    ("impl", "form"), [(impl, form) for impl in ("cpu", "triton") for form in ("direct", "efficient")]
+)
+DTYPES = {
+    "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    "triton": (torch.float16, torch.float32),  # in the interpreter
+}
+HALF = {"cpu": torch.bfloat16, "triton": torch.float16}
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +49,8 @@ def inputs(shape: Shape = (2, 3, 11, 6), dtype: torch.dtype = torch.float32, see
     return [*qkv.permute(2, 0, 3, 1, 4).unbind(0), temperature]
 
 
-def attention(form: str) -> Callable[..., Tensor]:
-    return partial(taylor_attention, form=form, impl="cpu")
+def attention(impl: str, form: str) -> Callable[..., Tensor]:
+    return partial(taylor_attention, form=form, impl=impl)
 
 
 def outcome(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
@@ -58,7 +67,7 @@ def assert_same(computed: list[Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-@each_form
+@each_operator
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -70,50 +79,52 @@ def assert_same(computed: list[Tensor], wanted: list[Tensor]) -> None:
     ],
     ids=str,
 )
-def test_opcheck(form: str, shape: Shape, dtype: torch.dtype) -> None:
+def test_opcheck(impl: str, form: str, shape: Shape, dtype: torch.dtype) -> None:
     """Schema (nothing is modified or aliased), shapes and strides of the fake kernels, autograd, tracing with dynamic sizes."""
-    forward, backward = (getattr(torch.ops.taylorvit, name).default for name in (f"cpu_{form}", f"cpu_{form}_backward"))
+    dtype = dtype if dtype in DTYPES[impl] else torch.float32
+    training = (True,) if impl == "triton" else ()
+    forward, backward = (getattr(torch.ops.taylorvit, name).default for name in (f"{impl}_{form}", f"{impl}_{form}_backward"))
     packed = inputs(shape, dtype)
-    torch.library.opcheck(forward, tuple(packed))
+    torch.library.opcheck(forward, (*packed, *(False for _ in training)))
     for tensors in (packed, [x.contiguous() for x in packed]):
-        torch.library.opcheck(forward, tuple(x.detach().requires_grad_() for x in tensors))
-        y, *saved = forward(*tensors)
+        torch.library.opcheck(forward, (*(x.detach().requires_grad_() for x in tensors), *training))
+        y, *saved = forward(*tensors, *training)
         torch.library.opcheck(backward, (torch.randn(y.shape).to(y), *tensors, *saved))
 
 
-@each_form
+@each_operator
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_compiled_is_bit_identical(form: str, autocast: bool, around: bool) -> None:
+def test_compiled_is_bit_identical(impl: str, form: str, autocast: bool, around: bool) -> None:
     """Autocast inside the compiled function, or around it and around its backward pass."""
 
     def attend(*tensors: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            return attention(form)(*tensors)
+        with torch.autocast("cpu", dtype=HALF[impl], enabled=autocast):
+            return attention(impl, form)(*tensors)
 
-    function = attention(form) if around else attend
+    function = attention(impl, form) if around else attend
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     wanted = outcome(attend, inputs())
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and around):
+    with torch.autocast("cpu", dtype=HALF[impl], enabled=autocast and around):
         assert_same(outcome(compiled, inputs()), wanted)
 
 
-@each_form
-def test_one_graph_serves_all_sizes(form: str) -> None:
-    compiled = torch.compile(attention(form), fullgraph=True, dynamic=True, backend="aot_eager")
+@each_operator
+def test_one_graph_serves_all_sizes(impl: str, form: str) -> None:
+    compiled = torch.compile(attention(impl, form), fullgraph=True, dynamic=True, backend="aot_eager")
     outcome(compiled, inputs((2, 3, 11, 6)))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in ((4, 3, 17, 6), (3, 5, 8, 10)):
-            assert_same(outcome(compiled, inputs(shape)), outcome(attention(form), inputs(shape)))
+            assert_same(outcome(compiled, inputs(shape)), outcome(attention(impl, form), inputs(shape)))
 
 
 @pytest.mark.slow
-@each_form
-def test_inductor(form: str) -> None:
+@each_operator
+def test_inductor(impl: str, form: str) -> None:
     """What stands around the operator is compiled with it: storage orders are what the fake kernels say."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
-        y = attention(form)(2 * q, k + 1, v, temperature.exp())
+        y = attention(impl, form)(2 * q, k + 1, v, temperature.exp())
         return y.transpose(1, 2).flatten(2) * 3
 
     compiled = torch.compile(attend, fullgraph=True)
@@ -124,42 +135,42 @@ def test_inductor(form: str) -> None:
 class Attend(nn.Module):
     """A layer without projections."""
 
-    def __init__(self, form: str, num_heads: int = 3) -> None:
+    def __init__(self, impl: str, form: str, num_heads: int = 3) -> None:
         super().__init__()
-        self.form = form
+        self.impl, self.form = impl, form
         self.temperature = nn.Parameter(torch.linspace(0.5, 3.0, num_heads))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(self.form)(q, k, v, self.temperature)
+        return attention(self.impl, self.form)(q, k, v, self.temperature)
 
 
-@each_form
+@each_operator
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_export_keeps_one_node_a_call(form: str, dynamic: bool) -> None:
+def test_export_keeps_one_node_a_call(impl: str, form: str, dynamic: bool) -> None:
     batch, tokens = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "tokens"))
     sizes: Any = tuple({0: batch, 2: tokens} for _ in range(3)) if dynamic else None
-    program = torch.export.export(Attend(form), tuple(inputs()[:3]), dynamic_shapes=sizes)
+    program = torch.export.export(Attend(impl, form), tuple(inputs()[:3]), dynamic_shapes=sizes)
     for exported in (program, program.run_decompositions()):
         called = [str(node.target) for node in exported.graph.nodes if "taylorvit" in str(node.target)]
-        assert called == [f"taylorvit.cpu_{form}.default"]
+        assert called == [f"taylorvit.{impl}_{form}.default"]
         *tensors, _ = inputs((5, 3, 23, 6) if dynamic else (2, 3, 11, 6), seed=1)
-        assert torch.equal(exported.module()(*tensors), Attend(form)(*tensors))
+        assert torch.equal(exported.module()(*tensors), Attend(impl, form)(*tensors))
 
 
-@each_form
+@each_operator
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(form: str, use_reentrant: bool) -> None:
+def test_activation_checkpointing(impl: str, form: str, use_reentrant: bool) -> None:
     def recomputed(*tensors: Tensor) -> Tensor:
-        return checkpoint(attention(form), *tensors, use_reentrant=use_reentrant)
+        return checkpoint(attention(impl, form), *tensors, use_reentrant=use_reentrant)
 
-    assert_same(outcome(recomputed, inputs()), outcome(attention(form), inputs()))
+    assert_same(outcome(recomputed, inputs()), outcome(attention(impl, form), inputs()))
 
 
-@each_form
-def test_distributed_data_parallel(form: str) -> None:
+@each_operator
+def test_distributed_data_parallel(impl: str, form: str) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model, alone = DistributedDataParallel(Attend(form)), Attend(form)
+        model, alone = DistributedDataParallel(Attend(impl, form)), Attend(impl, form)
         *tensors, _ = inputs()
         for module in (model, alone):
             module(*tensors).square().sum().backward()
@@ -179,48 +190,49 @@ def right_or_refused(call: Callable[[], Tensor], wanted: Tensor) -> None:
         torch.testing.assert_close(result, wanted)
 
 
-@each_form
+@each_operator
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_is_right_or_refused(form: str) -> None:
+def test_vmap_is_right_or_refused(impl: str, form: str) -> None:
     q, k, v, temperature = inputs((2, 3, 11, 6))
     many = [torch.stack([x, 2 * x + 1]) for x in (q, k, v)]
-    wanted = torch.stack([attention(form)(*(x[i] for x in many), temperature) for i in range(2)])
-    right_or_refused(lambda: torch.vmap(attention(form), in_dims=(0, 0, 0, None))(*many, temperature), wanted)
+    wanted = torch.stack([attention(impl, form)(*(x[i] for x in many), temperature) for i in range(2)])
+    right_or_refused(lambda: torch.vmap(attention(impl, form), in_dims=(0, 0, 0, None))(*many, temperature), wanted)
 
 
-@each_form
-def test_functional_gradients_are_right_or_refused(form: str) -> None:
+@each_operator
+def test_functional_gradients_are_right_or_refused(impl: str, form: str) -> None:
     tensors = inputs()
     leaves = [x.detach().requires_grad_() for x in tensors]
-    (wanted,) = torch.autograd.grad(attention(form)(*leaves).square().sum(), leaves[1])
-    right_or_refused(lambda: torch.func.grad(lambda *x: attention(form)(*x).square().sum(), argnums=1)(*tensors), wanted)
+    (wanted,) = torch.autograd.grad(attention(impl, form)(*leaves).square().sum(), leaves[1])
+    right_or_refused(lambda: torch.func.grad(lambda *x: attention(impl, form)(*x).square().sum(), argnums=1)(*tensors), wanted)
 
 
-@each_form
+@each_operator
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_forward_mode_is_right_or_refused(form: str) -> None:
-    tensors = inputs(dtype=torch.float64)
+def test_forward_mode_is_right_or_refused(impl: str, form: str) -> None:
+    tensors = inputs(dtype=DTYPES[impl][-1])
     tangents = [torch.randn_like(x) for x in tensors]
     reference = partial(taylor_attention, form=form, impl="reference")
     wanted = torch.func.jvp(reference, tuple(tensors), tuple(tangents))[1]
-    right_or_refused(lambda: torch.func.jvp(attention(form), tuple(tensors), tuple(tangents))[1], wanted)
+    right_or_refused(lambda: torch.func.jvp(attention(impl, form), tuple(tensors), tuple(tangents))[1], wanted)
 
 
-@each_form
-def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(form: str) -> None:
+@each_operator
+def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(impl: str, form: str) -> None:
     tensors = [x.contiguous() for x in inputs()]
-    wanted = outcome(attention(form), tensors)
+    wanted = outcome(attention(impl, form), tensors)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for fake, real in zip(outcome(attention(form), [mode.from_tensor(x) for x in tensors]), wanted, strict=True):
+        for fake, real in zip(outcome(attention(impl, form), [mode.from_tensor(x) for x in tensors]), wanted, strict=True):
             assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
 
 
-@each_form
-def test_the_flop_counter_sees_the_matrix_products(form: str) -> None:
+@each_operator
+def test_the_flop_counter_sees_the_matrix_products(impl: str, form: str) -> None:
     tensors = [x.requires_grad_() for x in inputs((2, 3, 50, 8))]
     with FlopCounterMode(display=False) as counter:
-        y = attention(form)(*tensors)
-    rows = 8 * (8 // 2 + 2) + 8  # features, the linear term and the Gram matrix
+        y = attention(impl, form)(*tensors)
+    features = {"cpu": 8 * (8 // 2 + 1), "triton": 16**2}[impl]
+    rows = features + 8 + 8  # with the linear term and the Gram matrix
     forward = 2 * 3 * 50 * 8 * 4 * (50 if form == "direct" else rows)
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
@@ -228,6 +240,16 @@ def test_the_flop_counter_sees_the_matrix_products(form: str) -> None:
     assert counter.get_total_flops() == forward * (2.5 if form == "direct" else 2)
 
 
-def test_an_explicit_impl_counts_on_the_meta_device() -> None:
+@each_operator
+def test_an_explicit_impl_counts_on_the_meta_device(impl: str, form: str) -> None:
     tensors = [x.to("meta") for x in inputs((2, 3, 50, 8))]
-    assert attention("direct")(*tensors).shape == (2, 3, 50, 8)
+    assert attention(impl, form)(*tensors).shape == (2, 3, 50, 8)
+
+
+@each_operator
+def test_second_derivatives_are_refused(impl: str, form: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs((1, 3, 5, 6))]
+    y = attention(impl, form)(*leaves)
+    for gradient in torch.autograd.grad(y.square().sum(), leaves, create_graph=True):
+        with pytest.raises(NotImplementedError, match=f"impl '{impl}' has no second derivative: use impl='reference'"):
+            torch.autograd.grad(gradient.sum(), leaves, retain_graph=True, allow_unused=True)

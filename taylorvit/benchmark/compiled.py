@@ -49,9 +49,9 @@ class Compilation:
 class Kernel:
     """A compiled kernel. Counts without `loop_` are of the whole kernel, those with it of one iteration of the inner loop.
 
-    `flags` are the boolean constants that are true. `entry` is the key in the launch table. `loop_tensor_clocks` are
-    those of one warp, see `machine_code`. `redundancy` is the multiply-adds of the machine's loop over those of the source's: above
-    1, the loop is unrolled or warps do the same work. `code` tells kernels of one name apart.
+    `flags` are the boolean constants that are true, `entry` is the key in the launch table. `loop_tensor_clocks` are those of
+    one warp, see `machine_code`. `redundancy` is the multiply-adds of the machine's loop over those of the source's loop: above
+    1 where it is unrolled or warps do the same work. `code` tells kernels of one name apart.
     """
 
     form: str

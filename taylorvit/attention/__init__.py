@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from taylorvit.attention import performer, softmax, taylor_order, taylorshift
+from taylorvit.attention import linear, performer, rfa, softmax, taylor_order, taylorshift
+from taylorvit.attention.linear import LinearAttention
 from taylorvit.attention.performer import Performer
+from taylorvit.attention.rfa import RFA
 from taylorvit.attention.softmax import Softmax
 from taylorvit.attention.taylor_order import TaylorOrder
 from taylorvit.attention.taylorshift import TaylorShift
@@ -17,6 +19,8 @@ from taylorvit.suggest import nearest
 
 __all__ = [
     "ATTENTIONS",
+    "RFA",
+    "LinearAttention",
     "Performer",
     "Softmax",
     "TaylorOrder",
@@ -30,14 +34,18 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
     "taylorshift": TaylorShift,
     "softmax": Softmax,
     "taylor_order": TaylorOrder,
+    "linear": LinearAttention,
     "performer": Performer,
+    "rfa": RFA,
 }
 # One checker per attention: its keyword arguments are the options, and it raises ValueError on a value that is not valid.
 OPTION_CHECKS: dict[str, Callable[..., None]] = {
     "taylorshift": taylorshift.check_options,
     "softmax": softmax.check_options,
     "taylor_order": taylor_order.check_options,
+    "linear": linear.check_options,
     "performer": performer.check_options,
+    "rfa": rfa.check_options,
 }
 
 

@@ -14,9 +14,9 @@ from taylorvit.ops import gpu, resolve_form, resolve_impl
 
 @pytest.fixture(autouse=True)
 def _asked_anew() -> Iterator[None]:
-    gpu._missing.cache_clear()
+    gpu._look_for_missing.cache_clear()
     yield
-    gpu._missing.cache_clear()
+    gpu._look_for_missing.cache_clear()
 
 
 def test_auto_takes_the_kernels_on_a_gpu_and_the_reference_where_they_cannot() -> None:

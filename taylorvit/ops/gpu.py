@@ -41,13 +41,21 @@ def obstacle(device_type: str, dtype: torch.dtype | None = None, head_dim: int |
     return _missing()
 
 
+# A compiled graph takes what the two below return for a constant, and does not look inside.
+@torch.compiler.assume_constant_result
 def is_interpreted() -> bool:
     """Whether Triton's interpreter is switched on."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _missing() -> str | None:
+    """Say what this machine lacks for the kernels, or return None."""
+    return _look_for_missing()
+
+
+@functools.cache
+def _look_for_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     if torch.cuda.is_available():

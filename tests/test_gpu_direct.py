@@ -1,0 +1,350 @@
+"""The Triton kernels of the direct form against the reference: accuracy, every launch, ragged ends, strides, edge cases.
+
+Without a GPU they run in Triton's interpreter, which has fp16 and fp32 only and is slow: most tests replace the block sizes of
+the launch table by smaller ones. Uninitialised memory is NaN in all of these tests.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cpu_ops import RESULTS, Shape, in_fp64, inputs, laid_out
+from torch import Tensor
+
+from taylorvit.ops import reference
+
+pytest.importorskip("triton")
+from taylorvit.ops import gpu_direct, kernels
+
+DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
+DTYPES = (torch.float16, torch.float32) if kernels.INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
+
+pytestmark = pytest.mark.skipif(
+    not kernels.INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+each_variant = pytest.mark.parametrize("variant", ["one launch", "prepared keys"])
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the variant of the forward pass that the test's parameter names, whatever N."""
+    variant = getattr(request.node, "callspec", None) and request.node.callspec.params.get("variant")
+    if variant:
+        monkeypatch.setattr(gpu_direct, "MAX_FUSED_TOKENS", 10**9 if variant == "one launch" else 0)
+
+
+def use_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
+    """Make all blocks `rows` queries or `columns` keys long."""
+    sizes = {"BLOCK_M": rows, "BLOCK_N": columns}
+    table = {
+        key: replace(launch, blocks={name: sizes[name] for name in launch.blocks}) for key, launch in gpu_direct.TABLE.items()
+    }
+    monkeypatch.setattr(gpu_direct, "TABLE", table)
+
+
+def run(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+    """Return y and the gradients of q, k, v and temperature, on CPU, whichever device computes them. Strides are kept."""
+    q, k, v, temperature = (x.to(DEVICE) for x in tensors)
+    y, *saved = gpu_direct.forward(q, k, v, temperature, training=True)
+    return [x.cpu() for x in (y, *gpu_direct.backward(grad.to(DEVICE), q, k, v, temperature, *saved))]
+
+
+# ---- accuracy
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to as many digits as dtype has, whatever the exponent; the gradient passes."""
+    mantissa, exponent = torch.frexp(x.detach())
+    step = torch.finfo(dtype).eps / 2
+    return x + (torch.ldexp((mantissa / step).round() * step, exponent) - x.detach())
+
+
+def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], list[float]]:
+    """Return the results in fp64 but for what matrix products in the dtype of q take away, and what rounding is relative to.
+
+    Rounded are the unit vectors, the weights without their constant, and the gradient of the scores. The gradients of q, k and
+    temperature are small differences of larger numbers: their rounding is relative to those.
+    """
+    dtype = tensors[0].dtype
+    q, k, v, temperature = leaves = [x.double().requires_grad_() for x in tensors]
+    units = [reference.unit_vectors(x) for x in (q, k)]
+    cosines = rounded(units[0], dtype) @ rounded(units[1], dtype).mT
+    cosines.register_hook(lambda dx: rounded(dx, dtype))
+    x = temperature[:, None, None] * cosines
+    p = reference.A * x.square() + reference.B * x
+    numerator = (rounded(p, dtype) + reference.C) @ v
+    y = math.sqrt(v.shape[2] / v.shape[3]) * numerator / (p + reference.C).sum(dim=-1, keepdim=True)
+    *gradients, dx, dq, dk = torch.autograd.grad(y, [*leaves, x, *units], grad.double())
+    lengths = [x.detach().norm(dim=-1, keepdim=True).clamp_min(reference.GRADIENT_LENGTH) for x in (q, k)]
+    along = (units[0] * (dx @ units[1])).sum(dim=-1).abs().sum(dim=(0, 2))
+    sizes = (y, dq / lengths[0], dk / lengths[1], gradients[2], torch.maximum(along, gradients[3].abs()))
+    return [y.detach(), *gradients], [x.detach().abs().max().item() for x in sizes]
+
+
+def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
+    """Check error <= 2 (error of the reference + what rounded operands cost) + rounding of the result.
+
+    In the mean square and, twice as much, anywhere. The gradient of the temperature is one number a head: in the mean of so few
+    chance decides. fp32 operands are not rounded: nothing is allowed for them.
+    """
+    dtype = tensors[0].dtype
+    exact = in_fp64(tensors, grad)
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    y = reference.direct(*leaves)
+    theirs = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+    model, units = with_rounded_operands(tensors, grad)
+    for name, result, other, modelled, truth, unit in zip(RESULTS, run(tensors, grad), theirs, model, exact, units):
+        eps = torch.finfo(dtype).eps
+        errors = [x.double() - truth for x in (result, other, modelled)]
+        norms = ((lambda x: x.square().mean().sqrt().item(), 1), (lambda x: x.abs().max().item(), 2))
+        for norm, factor in norms if name != "dtemperature" else norms[1:]:
+            error, *allowed = (norm(x) for x in errors)
+            budget = factor * (2 * sum(allowed) + unit * eps + 1e-14)
+            assert error <= budget, f"{name}: {error:.2e}, budget {budget:.2e}, reference and operands {allowed}"
+        assert result.dtype == other.dtype
+
+
+CASES: list[tuple[Shape, str, float]] = [
+    ((1, 2, 1, 8), "normal", 10),
+    ((1, 3, 2, 17), "clustered keys", 1),
+    ((2, 1, 17, 1), "1e-4", 100),
+    ((1, 2, 31, 64), "large mean", -1),
+    ((2, 3, 33, 16), "clustered keys", 100),
+    ((1, 2, 65, 32), "zero vectors", -8),
+    ((1, 2, 65, 48), "zero vectors", 0),
+    ((1, 1, 64, 80), "normal", 3),
+    ((1, 2, 63, 64), "normal", 100),
+    ((2, 1, 65, 16), "large mean", 10),
+    ((1, 2, 40, 32), "1e-10", 1),
+    ((1, 1, 66, 24), "1e3", -3),
+    ((1, 1, 197, 8), "large mean", 0),
+    ((1, 1, 50, 128), "clustered keys", 10),
+]
+
+
+@each_variant
+@each_dtype
+@pytest.mark.parametrize(("shape", "kind", "temperature"), CASES, ids=str)
+def test_error_budget(
+    shape: Shape, kind: str, temperature: float, dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 32 by 16: for all but the shortest, several of each and ragged ends."""
+    use_blocks(monkeypatch, 32, 16)
+    assert_within_budget(*inputs(shape, dtype, kind, temperature))
+
+
+@each_variant
+@each_dtype
+@pytest.mark.parametrize("width", [16, 32, 64, 128])
+def test_every_entry_of_the_launch_table(width: int, dtype: torch.dtype, variant: str) -> None:
+    """One token more than the largest block: two blocks of each, one of them almost empty."""
+    bits = torch.finfo(dtype).bits
+    launches = [launch for (_, *key), launch in gpu_direct.TABLE.items() if key == [width, bits]]
+    largest = max(size for launch in launches for size in launch.blocks.values())
+    assert_within_budget(*inputs((1, 1, largest + 1, width), dtype, temperature=3.0))
+
+
+def test_launch_table_is_complete() -> None:
+    names = {name for name, *_ in gpu_direct.TABLE}
+    assert names == {
+        "prepare_keys", "forward_short", "forward", "prepare_backward", "backward_queries", "backward_keys",
+    }  # fmt: skip
+    assert set(gpu_direct.TABLE) == set(itertools.product(names, (16, 32, 64, 128), (16, 32)))
+
+
+# ---- sizes
+
+
+def assert_equals_reference(tensors: Sequence[Tensor], grad: Tensor) -> None:
+    """Compare in fp32, where rounding is far smaller than any other error."""
+    for name, result, exact in zip(RESULTS, run(tensors, grad), in_fp64(tensors, grad)):
+        torch.testing.assert_close(result.double(), exact, rtol=2e-5, atol=2e-5, msg=lambda text: f"{name}: {text}")
+
+
+LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65]
+
+
+@each_variant
+@pytest.mark.parametrize("blocks", [(16, 32), (32, 16)], ids=str)
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+def test_lengths_around_the_blocks(
+    num_tokens: int, blocks: tuple[int, int], variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_blocks(monkeypatch, *blocks)
+    assert_equals_reference(*inputs((1, 2, num_tokens, 8), torch.float32))
+
+
+@each_variant
+@pytest.mark.parametrize("num_tokens", [1, 197, 300])
+def test_lengths_of_vision_transformers(num_tokens: int, variant: str) -> None:
+    """With the blocks of the table, and both variants on either side of where the table switches."""
+    assert_equals_reference(*inputs((1, 1, num_tokens, 32), torch.float32))
+
+
+@each_dtype
+@pytest.mark.parametrize("head_dim", [1, 2, 8, 15, 16, 17, 24, 32, 33, 48, 64, 65, 80, 96, 127, 128])
+def test_head_dimensions(head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between powers of two the kernels' columns are partly empty. Odd ones take the prepared keys, even ones one launch."""
+    monkeypatch.setattr(gpu_direct, "MAX_FUSED_TOKENS", 0 if head_dim % 2 else 512)
+    use_blocks(monkeypatch, 32, 16)
+    assert_within_budget(*inputs((1, 2, 33, head_dim), dtype))
+
+
+@each_variant
+@pytest.mark.parametrize("shape", [(0, 3, 5, 8), (2, 0, 5, 8), (2, 3, 0, 8)], ids=str)
+def test_nothing_to_attend_to(shape: Shape, variant: str) -> None:
+    tensors, grad = inputs(shape, torch.float32)
+    y, *gradients, dtemperature = run(tensors, grad)
+    assert all(x.shape == shape for x in (y, *gradients))
+    assert torch.equal(dtemperature, torch.zeros(shape[1]))
+
+
+# ---- memory
+
+
+@each_variant
+@pytest.mark.parametrize("layout", ["packed", "transposed", "expanded", "every other number", "reversed and shifted"])
+def test_any_strides(layout: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_blocks(monkeypatch, 16, 16)
+    tensors, grad = inputs((2, 3, 18, 6), torch.float32)
+    q, k, v, temperature = *laid_out(tensors[:3], layout), tensors[3]
+    # The other order shows strides that are taken for those of another tensor.
+    for permuted in ((q, k, v), (v, q, k)):
+        assert_equals_reference([*permuted, temperature], laid_out([grad] * 3, layout)[0])
+    assert_equals_reference([q, tensors[1], tensors[2], temperature], grad)
+    assert_equals_reference([tensors[0], tensors[1], v, temperature], grad)
+
+
+@each_variant
+def test_gradient_that_is_one_number_expanded(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the backward pass of a sum gives."""
+    use_blocks(monkeypatch, 16, 16)
+    tensors, grad = inputs((2, 3, 18, 6), torch.float32)
+    assert_equals_reference(tensors, torch.ones(()).expand_as(grad))
+
+
+@each_variant
+@each_dtype
+def test_results_are_laid_out_as_documented(dtype: torch.dtype, variant: str) -> None:
+    """Also on the meta device, which is how PyTorch asks for shapes; y and the gradients join their heads without a copy."""
+    tensors, grad = inputs((2, 3, 5, 8), dtype)
+    meta = gpu_direct.empty_results(tensors[0].to("meta"), True)
+    device_tensors = [x.to(DEVICE) for x in tensors]
+    results = gpu_direct.forward(*device_tensors, training=True)
+    for result, expected in zip(results, meta, strict=True):
+        assert (result.shape, result.dtype, result.stride()) == (expected.shape, expected.dtype, expected.stride())
+        assert result.isfinite().all()
+    gradients = gpu_direct.backward(grad.to(DEVICE), *device_tensors, *results[1:])
+    for x in (results[0], *gradients[:3]):
+        assert x.transpose(1, 2).is_contiguous()
+        assert x.dtype == dtype
+    assert [tuple(x.shape) for x in results[1:]] == [(2, 3, 5, 8), (2, 3, 5), (2, 3, 8)]
+
+
+@each_variant
+def test_nothing_is_kept_without_training(variant: str) -> None:
+    tensors = [x.to(DEVICE) for x in inputs((2, 3, 5, 8), torch.float32)[0]]
+    y, *saved = gpu_direct.forward(*tensors, training=False)
+    assert [x.numel() for x in saved] == [0, 0, 0]
+    assert [x.dtype for x in saved] == [x.dtype for x in gpu_direct.empty_results(tensors[0], True)[1:]]
+    assert torch.equal(y, gpu_direct.forward(*tensors, training=True)[0])
+
+
+@each_variant
+@each_dtype
+def test_same_inputs_give_the_same_bits_and_stay_as_they_are(
+    dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_blocks(monkeypatch, 16, 16)
+    tensors, grad = inputs((2, 3, 33, 8), dtype)
+    before = [x.clone() for x in (*tensors, grad)]
+    first, second = (run(tensors, grad) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second))
+    assert all(torch.equal(x, y) for x, y in zip((*tensors, grad), before))
+
+
+# ---- heads
+
+
+@each_variant
+@each_dtype
+def test_a_head_does_not_depend_on_the_others(dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_blocks(monkeypatch, 16, 16)
+    tensors, grad = inputs((2, 3, 33, 8), dtype)
+    *together, _ = run(tensors, grad)
+    for image, head in itertools.product(range(2), range(3)):
+        part = slice(image, image + 1), slice(head, head + 1)
+        *alone, _ = run([*(x[part] for x in tensors[:3]), tensors[3][head : head + 1].clone()], grad[part])
+        assert all(torch.equal(x, y[part]) for x, y in zip(alone, together))
+
+
+@each_variant
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("position", range(4), ids=["q", "k", "v", "temperature"])
+def test_what_is_not_finite_stays_in_its_head(position: int, bad: float, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_blocks(monkeypatch, 16, 16)
+    tensors, grad = inputs((1, 3, 18, 8), torch.float32)
+    right = run(tensors, grad)
+    tensors[position][1 if position == 3 else (0, 1, 2, 3)] = bad
+    y, *gradients, dtemperature = wrong = run(tensors, grad)
+    for result, untouched in zip(wrong[:4], right):
+        assert torch.equal(result[:, [0, 2]], untouched[:, [0, 2]])
+    assert torch.equal(dtemperature[[0, 2]], right[4][[0, 2]])
+    assert not dtemperature[1].isfinite()
+    if position == 0:  # of a query: its own output
+        assert not y[0, 1, 2].isfinite().any()
+        assert y[0, 1, 3:].isfinite().all()
+    elif position == 2:  # of a value: its own component of every output
+        assert not y[0, 1, :, 3].isfinite().any()
+        assert y[0, 1, :, 4:].isfinite().all()
+    else:
+        assert not any(x[0, 1].isfinite().any() for x in (y, gradients[0], gradients[1]))
+
+
+@each_variant
+@pytest.mark.parametrize("position", [0, 1], ids=["q", "k"])
+def test_a_length_beyond_the_range_is_nan_not_a_zero_vector(position: int, variant: str) -> None:
+    tensors, grad = inputs((1, 2, 5, 4), torch.float32)
+    tensors[position][0, 1, 3] *= 1e30
+    y, *_ = run(tensors, grad)
+    assert y[0, 0].isfinite().all()
+    assert y[0, 1, 3 if position == 0 else slice(None)].isnan().all()
+
+
+# ---- everything
+
+
+@pytest.mark.slow
+@each_variant
+@each_dtype
+@pytest.mark.parametrize("temperature", [-8.0, 0.0, 1.0, 10.0, 100.0])
+@pytest.mark.parametrize("kind", ["normal", "large mean", "clustered keys", "zero vectors", "1e-4", "1e-10", "1e3"])
+def test_error_budget_of_everything(
+    kind: str, temperature: float, dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_blocks(monkeypatch, 32, 16)
+    for num_tokens, head_dim in itertools.product((1, 2, 17, 65), (1, 8, 16, 24, 32, 48, 64, 80, 128)):
+        assert_within_budget(*inputs((1, 2, num_tokens, head_dim), dtype, kind, temperature))
+
+
+@pytest.mark.slow
+@each_variant
+@each_dtype
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, 63, 64, 65, 127, 128, 129, 197, 257])
+def test_blocks_of_the_table_at_every_length(num_tokens: int, head_dim: int, dtype: torch.dtype, variant: str) -> None:
+    assert_within_budget(*inputs((1, 2, num_tokens, head_dim), dtype, temperature=3.0))

@@ -10,8 +10,12 @@ rotating random inputs; the ratio is the median of the ratios within the rounds,
 last attention of its model, or, with one attention, than the last model. Before TaylorShift is timed, its logits are compared
 with those of the plain PyTorch reference with the same weights; a wrong one gets no time, and the exit code is 1.
 
+    python tools/bench_model.py --device cuda --batch_size 64 --pass inference training --mode cuda_graph --memory
+
 Attentions: `taylorshift` (the faster form), `taylorshift_direct`, `taylorshift_efficient`, `softmax` (fused), `softmax_unfused`
-(forms the N x N matrix), `config` (the model's own). Batch size `best` doubles from 1 until that gives no 2 % more samples a
+(forms the N x N matrix), `softmax_cudnn`, `softmax_flash` and `softmax_efficient` (fused, by that backend instead of PyTorch's
+own choice), `config` (the model's own). The modes are explained in taylorvit/studies/model_passes.py. On a GPU the precision is
+bf16 unless --precision says otherwise. Batch size `best` doubles from 1 until that gives no 2 % more samples a
 second or memory runs out. What does not fit is a row marked "out of memory"; a CPU's limit is --memory_limit_gib beyond what
 the process holds before. What peak memory counts is said in taylorvit/studies/model_cost.py.
 
@@ -25,6 +29,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,7 +43,7 @@ from taylorvit.models import SEQUENCE_NAMES, random_inputs
 from taylorvit.provenance import provenance
 from taylorvit.studies.model_candidates import PRECISIONS, VARIANTS, Candidate, Verdict, source_name
 from taylorvit.studies.model_cost import Row, best_batch_size, enter_memory, measure_speed, verify
-from taylorvit.studies.model_passes import Settings
+from taylorvit.studies.model_passes import Mode, Settings
 from taylorvit.studies.model_report import ResultFiles, markdown_table
 from taylorvit.suggest import nearest
 
@@ -70,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=batch_size, nargs="+", default=[1], metavar="B", help="sizes, or best (default: 1)")
     add("--max_batch_size", type=positive_int, default=1024, metavar="B", help="limit of best (default: %(default)s)")
     add("--pass", dest="passes", choices=PASSES, nargs="+", default=["inference"])
-    add("--precision", choices=PRECISIONS, default="no", help="no is fp32, the others are autocast (default: %(default)s)")
+    add("--precision", choices=PRECISIONS, help="no is fp32, the others are autocast (default: no, on a GPU bf16)")
+    add("--mode", choices=get_args(Mode), default="eager", help="how a pass is run (default: %(default)s)")
     add("--memory", action="store_true", help="measure peak memory too; on CPU it takes a fresh process a row")
     add("--memory_limit_gib", type=positive_float, default=8.0, help="CPU: what needs more is out of memory (default: 8)")
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -183,6 +189,8 @@ def check_machine(options: argparse.Namespace) -> None:
     """Raise ValueError for a GPU or a package that is asked for and not there."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch sees no GPU here")
+    if options.device == "cpu" and options.mode == "cuda_graph":
+        raise ValueError("--mode cuda_graph needs a GPU: give --device cuda")
     need_matplotlib()
 
 
@@ -190,6 +198,7 @@ def main() -> int:
     """Command line -> rows -> files, tables and picture."""
     options = build_parser().parse_args()
     check_machine(options)
+    options.precision = options.precision or ("bf16" if options.device == "cuda" else "no")
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = Settings(
@@ -198,6 +207,7 @@ def main() -> int:
         seconds=options.seconds,
         min_rounds=options.min_rounds,
         memory_limit_bytes=int(options.memory_limit_gib * GIB),
+        mode=options.mode,
     )
     groups = group_by_inputs(build_candidates(load_models(options), options), options.img_size)
     files = ResultFiles(options.out, {"provenance": provenance(), "settings": dataclasses.asdict(settings)})

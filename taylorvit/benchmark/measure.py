@@ -164,14 +164,19 @@ def _cases_to_check(peer: Peer, case: Case) -> list[Case]:
     return [dataclasses.replace(case, batch_size=min(B, 2), num_heads=min(H, 2), num_tokens=SMALL_TOKENS), case]
 
 
+def refuse_lost_device(error: BaseException, name: str) -> None:
+    """Raise RuntimeError if the error says that the GPU's context is broken: every candidate after this one would be blamed."""
+    if any(words in str(error) for words in LOST):
+        raise RuntimeError(f"{name} has broken the GPU's context: nothing can be measured after it") from error
+
+
 def _classify(error: BaseException, name: str) -> tuple[Status, str]:
     """Return what became of a candidate, and why.
 
     Raises:
-        RuntimeError: it has broken the GPU's context, so that every candidate after it would be blamed for its fault.
+        RuntimeError: it has broken the GPU's context.
     """
-    if any(words in str(error) for words in LOST):
-        raise RuntimeError(f"{name} has broken the GPU's context: nothing can be measured after it") from error
+    refuse_lost_device(error, name)
     lines = str(error).strip().splitlines() or [""]
     note = f"{type(error).__name__}: {lines[0]}"
     if is_out_of_memory(error):

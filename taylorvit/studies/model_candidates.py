@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import LayerScale
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from taylorvit.attention import Softmax, TaylorShift
@@ -26,7 +28,12 @@ from taylorvit.suggest import nearest
 Precision = Literal["no", "bf16", "fp16"]
 PRECISIONS: dict[Precision, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FORMS = {"taylorshift": "auto", "taylorshift_direct": "direct", "taylorshift_efficient": "efficient"}
-VARIANTS = ("config", *FORMS, "softmax", "softmax_unfused")
+BACKENDS = {
+    "softmax_flash": SDPBackend.FLASH_ATTENTION,
+    "softmax_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "softmax_cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+VARIANTS = ("config", *FORMS, "softmax", "softmax_unfused", *BACKENDS)
 MAX_LOGIT_ERROR = 2e-5  # of the largest logit; both are fp32 and a dozen layers deep, and 1e-6 apart as a rule
 CHECK_TEMPERATURE = 4.0  # at 1 and with small cosines the weights are all about 1, whatever the polynomial
 
@@ -39,7 +46,8 @@ class Candidate:
         name: what it is called in results.
         model: the network; its own attention is replaced unless `attention` is "config".
         attention: "config", the network's own; "taylorshift", "taylorshift_direct" or "taylorshift_efficient", by form;
-            "softmax", timm's fused attention; "softmax_unfused", the same that forms the N x N matrix.
+            "softmax", timm's fused attention; "softmax_unfused", the same that forms the N x N matrix; "softmax_flash",
+            "softmax_efficient" or "softmax_cudnn", the fused one by that backend of PyTorch's, instead of PyTorch's own choice.
 
     Raises:
         ValueError: there is no such attention.
@@ -65,6 +73,10 @@ class Candidate:
         return dataclasses.replace(
             self.model, attention="taylorshift", attention_options={**kept, "form": FORMS[self.attention]}
         )
+
+    def around(self) -> AbstractContextManager[object]:
+        """Return the context that the network is to run in."""
+        return sdpa_kernel(BACKENDS[self.attention]) if self.attention in BACKENDS else nullcontext()
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """Return the network with fresh weights: drawn with seed 0, so those of two attentions agree where their names do.

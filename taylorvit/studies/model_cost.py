@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from taylorvit.benchmark.measure import refuse_lost_device
 from taylorvit.benchmark.memory import is_out_of_memory, peak_bytes_on_cpu, peak_bytes_on_gpu, release_memory
-from taylorvit.benchmark.timing import CandidateError, Comparison, Spread, compare
+from taylorvit.benchmark.peers import NO_BACKEND, forget_compiled
+from taylorvit.benchmark.timing import CandidateError, Capture, Comparison, Spread, capture_graph, compare
 from taylorvit.models import random_inputs
 from taylorvit.studies.model_candidates import Candidate, Verdict, check_logits, inspect_model
 from taylorvit.studies.model_passes import (
@@ -32,7 +34,7 @@ from taylorvit.studies.model_passes import (
     prepare_pass,
 )
 
-Status = Literal["ok", "wrong", "failed", "out of memory"]
+Status = Literal["ok", "wrong", "failed", "cannot run", "out of memory"]
 NUM_INPUT_SETS = 4
 MIN_GAIN = 1.02  # in samples a second, for which a batch of twice the size is taken
 
@@ -76,6 +78,7 @@ class Row:
     weight_bytes: int | None = None
     flops_per_sample: int | None = None
     parameters: int | None = None
+    mode: str = "eager"
 
     @property
     def is_fault(self) -> bool:
@@ -114,6 +117,7 @@ def measure_speed(
         ValueError: a network cannot be built, or they do not take the same inputs.
     """
     check_same_inputs(candidates)
+    forget_compiled()
     sizes = {c.name: batch_size if isinstance(batch_size, int) else batch_size[c.name] for c in candidates}
     rows = {c.name: new_row(c, sizes[c.name], training=training, settings=settings) for c in candidates}
     for candidate in candidates:
@@ -129,7 +133,7 @@ def measure_speed(
                 if row.status == "ok":
                     passes[candidate.name] = build_pass(candidate, row.batch_size, training, settings)
             except (MemoryError, RuntimeError) as error:
-                row.status, row.note = _classify(error)
+                row.status, row.note = _classify(error, candidate.name)
         comparison = _compare(passes, rows, candidates, settings)
     for name in passes if comparison else ():
         assert comparison
@@ -158,6 +162,7 @@ def peak_memory(candidate: Candidate, batch_size: int, *, training: bool, settin
         "precision": settings.precision,
         "memory_limit_bytes": settings.memory_limit_bytes,
         "seed": settings.seed,
+        "mode": settings.mode,
     }
     try:
         if settings.device == "cuda":
@@ -178,7 +183,7 @@ def enter_memory(row: Row, candidate: Candidate, settings: Settings) -> None:
         training = row.pass_name == "training"
         row.peak_bytes = peak_memory(candidate, row.batch_size, training=training, settings=settings)
     except (MemoryError, RuntimeError) as error:
-        row.note = f"memory not measured: {_classify(error)[1] or 'out of memory'}"
+        row.note = f"memory not measured: {_classify(error, row.candidate)[1] or 'out of memory'}"
 
 
 def best_batch_size(candidate: Candidate, *, training: bool, settings: Settings, start: int = 1, most: int = 1024) -> BestBatch:
@@ -196,7 +201,7 @@ def best_batch_size(candidate: Candidate, *, training: bool, settings: Settings,
             with memory_limited(settings):
                 rates = _rates(candidate, tried, training, settings)
         except (MemoryError, RuntimeError) as error:
-            status, note = _classify(error)
+            status, note = _classify(error, candidate.name)
             obstacle = f"{note or status} at batch size {tried[-1]}"
         if obstacle:
             release_memory()
@@ -221,6 +226,7 @@ def new_row(candidate: Candidate, batch_size: int, *, training: bool, settings: 
         pass_name="training" if training else "inference",
         precision=settings.precision,
         device=settings.device,
+        mode=settings.mode,
         **dataclasses.asdict(structure),
     )
 
@@ -251,20 +257,26 @@ def _compare(
                 min_rounds=settings.min_rounds,
                 num_input_sets=NUM_INPUT_SETS,
                 seed=settings.seed,
+                capture=_capture(settings),
             )
         except CandidateError as error:
-            rows[error.name].status, rows[error.name].note = _classify(error)
+            rows[error.name].status, rows[error.name].note = _classify(error.cause, error.name)
             del passes[error.name]
         except (MemoryError, RuntimeError) as error:  # of the inputs, which the largest batch needs
             for name in [name for name, call in passes.items() if call.batch_size == most]:
-                rows[name].status, rows[name].note = _classify(error)
+                rows[name].status, rows[name].note = _classify(error, name)
                 del passes[name]
         release_memory()
     return None
 
 
+def _capture(settings: Settings) -> Capture | None:
+    return capture_graph if settings.mode == "cuda_graph" else None
+
+
 def _rates(candidate: Candidate, sizes: list[int], training: bool, settings: Settings) -> list[float]:
     """Return the samples a second at each batch size, measured side by side."""
+    forget_compiled()
     call = build_pass(candidate, max(sizes), training, settings)
     comparison = compare(
         {str(size): dataclasses.replace(call, batch_size=size) for size in sizes},
@@ -273,16 +285,18 @@ def _rates(candidate: Candidate, sizes: list[int], training: bool, settings: Set
         min_rounds=settings.min_rounds,
         num_input_sets=NUM_INPUT_SETS,
         seed=settings.seed,
+        capture=_capture(settings),
     )
     return [size / comparison.seconds(str(size)).median for size in sizes]
 
 
-def _classify(error: BaseException) -> tuple[Status, str]:
+def _classify(error: BaseException, name: str) -> tuple[Status, str]:
     error = error.cause if isinstance(error, CandidateError) else error
+    refuse_lost_device(error, name)
     if is_out_of_memory(error):
         return "out of memory", ""
     lines = str(error).strip().splitlines() or [""]
-    return "failed", f"{type(error).__name__}: {lines[0]}"
+    return ("cannot run" if NO_BACKEND in lines[0] else "failed"), f"{type(error).__name__}: {lines[0]}"
 
 
 def _enter_times(row: Row, comparison: Comparison, baseline: str, sizes: Mapping[str, int]) -> None:

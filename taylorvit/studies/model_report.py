@@ -157,7 +157,8 @@ def draw(rows: list[Row], output: Path) -> bool:
 
 def _title(row: Row, over_tokens: bool) -> str:
     batch = [("best batch" if row.best_batch else f"batch {row.batch_size}")] if over_tokens else []
-    return ", ".join([row.pass_name, *batch, row.device, "fp32" if row.precision == "no" else row.precision])
+    mode = [] if row.mode == "eager" else [row.mode]
+    return ", ".join([row.pass_name, *batch, row.device, *mode, "fp32" if row.precision == "no" else row.precision])
 
 
 def _styles(rows: list[Row]) -> dict[str, dict[str, Any]]:

@@ -81,6 +81,9 @@ def test_a_wrong_candidate_gets_no_time(
         ("--batch_size 1.5", "a whole number above 0 is needed, got '1.5'"),
         ("--seconds nan", "a number above 0 is needed, got 'nan'"),
         ("--dtype float8", "invalid choice: 'float8'"),
+        ("--layout mixed", "invalid choice: 'mixed'"),
+        ("--limits limits.json", "--limits and --deterministic belong to a GPU"),
+        ("--deterministic", "--limits and --deterministic belong to a GPU"),
     ],
 )
 def test_bad_inputs_are_refused_before_anything_runs(
@@ -92,6 +95,29 @@ def test_bad_inputs_are_refused_before_anything_runs(
     assert message in captured.err.splitlines()[-1]
     assert captured.out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_command_line_leaves_out_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {}
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(sys, "argv", ["program", "--device", device, "--num_tokens", "8"])
+        (case,) = bench_attention.build_cases(options := bench_attention.read_options())
+        found[device] = (case.dtype, case.layout, options.memory_limit_gib)
+    assert found == {"cpu": ("float32", "separate", 8.0), "cuda": ("bfloat16", "packed", 24.0)}
+    monkeypatch.setattr(sys, "argv", ["program", "--device", "cuda", "--dtype", "float16", "--layout", "separate"])
+    assert {(case.dtype, case.layout) for case in bench_attention.build_cases(bench_attention.read_options())} == {
+        ("float16", "separate")
+    }
+
+
+def test_packed_inputs_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--num_tokens", "20", "--num_heads", "2", "--head_dim", "4", "--layout", "packed", "--pass", "training"]
+    names = ["sdpa", "taylor_direct_cpu", "taylor_efficient_cpu"]
+    assert run_tool(monkeypatch, bench_attention.main, *arguments, "--candidates", *names, "--out", str(tmp_path), *QUICK) == 0
+    content = json.loads((tmp_path / "attention.json").read_text())
+    assert [(row["layout"], row["status"]) for row in content["rows"]] == [("packed", "ok")] * 3
+    assert content["settings"]["layout"] == "packed"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -128,3 +154,18 @@ def test_heads_and_their_dimension_follow_from_what_is_given(
     given: tuple[int | None, list[int] | None, int | None], heads: list[tuple[int, int]]
 ) -> None:
     assert bench_attention._heads(*given) == heads
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_a_whole_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ["sdpa", "sdpa_flash", "sdpa_cudnn", "flex", "taylor_direct_triton", "taylor_efficient_triton", "taylor_auto"]
+    arguments = ["--device", "cuda", "--batch_size", "4", "--num_tokens", "197", "--pass", "forward", "training", "--memory"]
+    assert run_tool(monkeypatch, bench_attention.main, *arguments, "--candidates", *names, "--out", str(tmp_path), *QUICK) == 0
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert [row["candidate"] for row in rows if row["status"] == "ok"] == 2 * names
+    for row in rows:
+        assert 0 < row["graph_seconds"] < row["seconds"], row["candidate"]
+        assert row["peak_bytes"] > 0
+        assert row["tflops"] > 0
+    assert any("PyTorch takes the backend" in row["note"] for row in rows)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import ROOT, run_tool
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -143,6 +144,41 @@ def test_memory_is_measured_on_request_and_running_out_of_it_is_a_row(monkeypatc
 
 
 @pytest.mark.usefixtures("no_picture")
+def test_softmax_by_its_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch has its flash kernel on CPU, not that of cuDNN."""
+    arguments = ["--attention", "softmax_cudnn", "softmax_flash", "softmax", "--pass", "training", "--out", str(tmp_path)]
+    assert run_tool(monkeypatch, bench_model.main, *TINY, *arguments) == 0
+    rows = {row["attention"]: row for row in read_rows(tmp_path)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "softmax_cudnn": "cannot run",
+        "softmax_flash": "ok",
+        "softmax": "ok",
+    }
+    assert rows["softmax_cudnn"]["seconds"] is None
+    assert {row["mode"] for row in rows.values()} == {"eager"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_picture")
+def test_a_compiled_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--mode", "compile", "--pass", "training", "--out", str(tmp_path)]
+    assert run_tool(monkeypatch, bench_model.main, *write_configs(tmp_path, a="taylorshift", b="softmax"), *arguments) == 0
+    assert [(row["status"], row["mode"]) for row in read_rows(tmp_path)] == [("ok", "compile")] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.usefixtures("no_picture")
+@pytest.mark.parametrize("mode", ["eager", "compile", "cuda_graph"])
+def test_a_whole_run_on_a_gpu(mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = ["--device", "cuda", "--mode", mode, "--pass", "inference", "training", "--memory", "--out", str(tmp_path)]
+    assert run_tool(monkeypatch, bench_model.main, *TINY, *arguments) == 0
+    rows = read_rows(tmp_path)
+    assert [(row["status"], row["precision"]) for row in rows] == [("ok", "bf16")] * 4
+    assert all(row["peak_bytes"] > 0 for row in rows)
+
+
+@pytest.mark.usefixtures("no_picture")
 def test_wrong_logits_get_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(IMPLEMENTATIONS["cpu"], "direct", lambda q, k, v, temperature: v)
     assert run_tool(monkeypatch, bench_model.main, *TINY, "--out", str(tmp_path)) == 1
@@ -185,6 +221,7 @@ def test_a_picture_of_nothing_is_not_drawn(tmp_path: Path) -> None:
         (["--model", "taylorvit_sequence"], "vocab_size"),
         (["--attention", "sofmax"], "--attention: there is no 'sofmax'; did you mean 'softmax'?"),
         (["--precision", "fp8"], "invalid choice: 'fp8'"),
+        (["--mode", "cuda_graph"], "--mode cuda_graph needs a GPU"),
         (["--config", "missing.yaml"], "missing.yaml: No such file or directory"),
         (["--config", "a.yaml", "--model", "vit"], "not allowed with argument"),
         (["--config", "here/a.yaml", "there/a.yaml"], "there/a.yaml: another file is called 'a' too"),

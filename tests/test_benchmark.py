@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import itertools
 import json
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from torch import Tensor
 from taylorvit.benchmark import paper
 from taylorvit.benchmark.case import Case
 from taylorvit.benchmark.check import check
-from taylorvit.benchmark.measure import Row, Settings, measure
+from taylorvit.benchmark.limits import Limits, matmul_flops
+from taylorvit.benchmark.measure import Row, Settings, _enter_rates, measure
 from taylorvit.benchmark.memory import _reason, can_measure_on_cpu, is_out_of_memory, peak_bytes_on_cpu
-from taylorvit.benchmark.peers import Peer, all_peers
+from taylorvit.benchmark.peers import Peer, all_peers, chosen_backend
 from taylorvit.benchmark.report import ResultFiles, crossovers, draw, markdown_table
 from taylorvit.benchmark.timing import CandidateError, compare, default_stopwatch, make_input_sets, spread, time_on_cpu
 from taylorvit.complexity import entries_direct, ops_direct, ops_efficient
@@ -110,6 +112,61 @@ def test_the_number_of_input_sets_stays_within_the_memory_given() -> None:
     assert len(make_input_sets(make, 8, 10)) == 1
 
 
+def test_a_cache_is_exceeded_twice_where_few_sets_would_fit_into_it() -> None:
+    def count(numbers: int, cache_bytes: int, most_bytes: int = 2**20) -> int:
+        return len(make_input_sets(lambda index: (torch.zeros(numbers),), 8, most_bytes, cache_bytes))
+
+    assert count(256, cache_bytes=0) == 8
+    assert count(256, cache_bytes=10 * 1024) == 20
+    assert count(1, cache_bytes=10 * 1024) == 64
+    assert count(256, cache_bytes=10 * 1024, most_bytes=12 * 1024) == 12
+
+
+def test_a_capture_makes_the_calls_on_all_inputs_at_once_and_their_time_is_divided() -> None:
+    machine = Machine()
+    captured: list[int] = []
+
+    def capture(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+        captured.append(len(calls))
+        return lambda: [call() for call in calls]
+
+    candidates = {"a": machine.candidate("a", 1.0), "b": machine.candidate("b", 1e-4)}
+    result = compare(
+        candidates,
+        lambda i: (torch.full((4,), float(i)),),
+        num_input_sets=3,
+        min_rounds=2,
+        stopwatch=machine.stopwatch,
+        capture=capture,
+    )
+    assert captured == [3, 3]
+    assert result.seconds("a").median == pytest.approx(1.0)
+    assert result.seconds("b").median == pytest.approx(1e-4)
+    assert result.repetitions["a"] == 3
+    assert result.repetitions["b"] % 3 == 0
+    assert result.input_bytes == 3 * 16
+    assert [float(inputs[0]) for name, inputs in machine.calls if name == "a"][-3:] == [0.0, 1.0, 2.0]
+
+
+def test_every_call_is_made_within_its_context_and_entering_it_is_not_timed() -> None:
+    machine, inside = Machine(), []
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        machine.now += 1000.0
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def call(inputs: object) -> None:
+        assert inside
+        machine.candidate("a", 1.0)(inputs)
+
+    result = compare({"a": call}, lambda i: (i,), min_rounds=3, stopwatch=machine.stopwatch, around={"a": around})
+    assert result.seconds("a").high == pytest.approx(1.0)
+    assert not inside
+
+
 def test_a_candidate_that_fails_is_named() -> None:
     def broken(x: Tensor) -> None:
         raise KeyError("odd")
@@ -126,7 +183,7 @@ def test_real_time_on_cpu_tells_a_long_call_from_a_short_one() -> None:
     candidates = {"long": lambda x: [x.sin() for _ in range(40)], "short": lambda x: x.sin()}
     result = compare(candidates, lambda i: (torch.randn(10_000),), seconds=0.05, min_rounds=25)
     assert default_stopwatch((torch.ones(1),)) is time_on_cpu
-    assert 10 < result.speedup("short", over="long").median < 160
+    assert 4 < result.speedup("short", over="long").median < 400  # 40 on a quiet machine
 
 
 def test_the_spread_is_median_and_outer_tenths() -> None:
@@ -288,6 +345,40 @@ def test_a_wrong_result_is_refused(attention: Callable[..., Tensor], limit: int)
     assert not check(case.bind(attention, "taylor"), "taylor", case, max_truth_bytes=limit).passed
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_packed_inputs_are_views_of_one_tensor_and_the_output_is_as_it_is_passed_on(training: bool) -> None:
+    case = Case(2, 3, 20, 4, "float64", training, layout="packed")
+    q, k, v, *_ = case.make_inputs(0)
+    assert q.shape == k.shape == v.shape == (2, 3, 20, 4)
+    assert q.stride() == (20 * 36, 4, 36, 1)
+    assert [x.data_ptr() - q.data_ptr() for x in (k, v)] == [8 * 12, 8 * 24]
+    assert q.is_leaf
+    assert q.requires_grad == training
+    packed = case.bind(reference.direct, "taylor")(*case.make_inputs(0))
+    plain = dataclasses.replace(case, layout="separate").bind(reference.direct, "taylor")(*case.make_inputs(0))
+    assert packed[0].stride() == (20 * 12, 4, 12, 1)
+    for ours, theirs in zip(packed, plain, strict=True):
+        assert torch.equal(ours, theirs)
+    if training:
+        assert case.make_inputs(0)[4].stride() == (20 * 12, 4, 12, 1)
+    assert check(case.bind(reference.direct, "taylor"), "taylor", case).passed
+    assert not check(case.bind(forgets_the_half, "taylor"), "taylor", case).passed
+
+
+def test_half_precision_may_round_every_pair_before_the_temperatures_gradient_is_summed() -> None:
+    """Not in fp32; and a gradient that is a few percent off is refused in half precision too."""
+
+    def scaled_gradient(factor: float) -> Callable[..., Tensor]:
+        def attention(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+            return reference.direct(q, k, v, torch.lerp(temperature.detach(), temperature, factor))
+
+        return attention
+
+    for dtype, factor, passes in (("bfloat16", 1.008, True), ("bfloat16", 1.04, False), ("float32", 1.0005, False)):
+        case = Case(1, 2, 150, 8, dtype, training=True)
+        assert check(case.bind(scaled_gradient(factor), "taylor"), "taylor", case).passed == passes
+
+
 def test_softmax_and_taylor_are_not_taken_for_one_another() -> None:
     case = Case(1, 1, 30, 8)
     peers = all_peers()
@@ -316,6 +407,80 @@ def test_what_cannot_run_says_why() -> None:
     assert "float64" in str(peers["paper_efficient"].obstacle(Case(1, 1, 4, 4, "bfloat16")))
     refused = dataclasses.replace(peers["sdpa_efficient"], devices=("cpu",))
     assert "refuses" in str(refused.obstacle(Case(1, 1, 4, 4)))
+
+
+def test_what_a_gpu_alone_restricts() -> None:
+    peers = all_peers()
+    small = Case(1, 1, 4, 8, "bfloat16", device="cuda")
+    assert "from 16 on" in str(peers["flex"].obstacle(small))
+    assert peers["flex"].obstacle(dataclasses.replace(small, head_dim=16)) is None
+    assert peers["paper_direct_fp32"].obstacle(small) is None
+    assert "float16, bfloat16" in str(peers["paper_direct_fp32"].obstacle(dataclasses.replace(small, dtype="float32")))
+    assert "float64" in str(peers["taylor_direct_triton"].obstacle(dataclasses.replace(small, dtype="float64")))
+    assert "128" in str(peers["taylor_direct_triton"].obstacle(dataclasses.replace(small, head_dim=256)))
+    assert "cuda" in str(peers["taylor_direct_triton"].obstacle(Case(1, 1, 4, 8, "bfloat16")))
+
+
+@pytest.mark.parametrize("name", ["paper_direct_fp32", "paper_efficient_fp32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_papers_way_is_right_for_half_precision_in_fp32(name: str, dtype: str) -> None:
+    case = Case(2, 3, 150, 8, dtype, training=True)
+    assert check(case.bind(all_peers()[name].build(), "taylor"), "taylor", case).passed
+
+
+def test_a_forced_backend_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, 1, 4, 8)
+    forced = all_peers()["sdpa_math"]
+    seen = []
+    monkeypatch.setattr("taylorvit.benchmark.peers.sdpa", lambda *tensors: seen.append(chosen_backend(case)) or tensors[2])
+    forced.build()(*case.make_inputs(0))
+    forced.make()(*case.make_inputs(0))
+    with forced.around():
+        forced.make()(*case.make_inputs(0))
+    assert seen == ["math", "flash", "math"]
+
+
+def test_the_form_that_a_peer_computes() -> None:
+    peers, case = all_peers(), Case(1, 1, 10, 8)
+    forms = {
+        name: peers[name].form(case) for name in ("sdpa", "flex", "paper_efficient", "taylor_efficient_cpu", "taylor_auto")
+    }
+    assert forms == {
+        "sdpa": "direct",
+        "flex": "direct",
+        "paper_efficient": "efficient",
+        "taylor_efficient_cpu": "efficient",
+        "taylor_auto": "direct",
+    }
+    assert peers["taylor_auto"].form(dataclasses.replace(case, num_tokens=10_000)) == "efficient"
+
+
+def test_rates_are_by_the_devices_own_time() -> None:
+    peers, case = all_peers(), Case(1, 3, 1000, 64, "bfloat16")
+    limits = Limits("x", 1e12, {"bfloat16": 1e14, "float16": 1e14, "tfloat32": 1e14})
+    least = max(8 * 3 * 1000 * 64 / 1e12, 4 * 3 * 1000**2 * 64 / 1e14)
+    for graph, seconds in ((None, 2e-3), (1e-3, 1e-3)):
+        entered = row("taylor_direct_triton", 1000, 2e-3, graph_seconds=graph)
+        _enter_rates(entered, peers["taylor_direct_triton"], case, limits)
+        assert entered.tflops == pytest.approx(4 * 3 * 1000**2 * 64 / seconds / 1e12)
+        assert (entered.limit_seconds, entered.limit_share) == pytest.approx((least, least / seconds))
+    efficient = row("taylor_efficient_triton", 1000, 1e-3)
+    _enter_rates(efficient, peers["taylor_efficient_triton"], case, None)
+    assert efficient.tflops == pytest.approx(matmul_flops(case, "efficient") / 1e-3 / 1e12)
+    assert efficient.limit_share is None
+
+
+def test_a_table_of_a_gpu_shows_the_devices_time_and_the_share_of_the_limit() -> None:
+    known = row("sdpa", 10, 4e-3, graph_seconds=2e-3, graph_speedup=1.0, tflops=321.4, limit_share=0.456)
+    unknown = row("flex", 10, 4e-3, tflops=12.0)
+    for shown in (known, unknown):
+        shown.device = "cuda"
+    lines = markdown_table([known, unknown, row("skipped", 10, None, status="skipped")]).splitlines()
+    assert lines[0].endswith("| error | CUDA graph | x sdpa | TFLOP/s | of the limit |")
+    assert lines[2].endswith("| 2 ms | 1.00 | 321 | 46% |")
+    assert lines[3].endswith("|  |  | 12 | not measured |")
+    assert len({line.count("|") for line in lines}) == 1
+    assert "limit" not in markdown_table([row("sdpa", 10, 4e-3, tflops=1.0)])
 
 
 def raising(error: Exception) -> Callable[..., Tensor]:
@@ -362,6 +527,19 @@ def test_only_what_is_right_gets_a_time() -> None:
     table = markdown_table(list(rows.values()))
     assert "| wrong | WRONG: error" in table
     assert all(cell == "" for cell in next(line for line in table.splitlines() if "WRONG" in line).split(" | ")[2:-1])
+
+
+def test_a_broken_gpu_ends_the_measurement_and_names_who_broke_it() -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+    peers = {"culprit": Peer("culprit", lambda: raising(error)), "sdpa": all_peers()["sdpa"]}
+    with pytest.raises(RuntimeError, match="culprit has broken the GPU's context"):
+        measure(Case(1, 1, 8, 4), peers, QUICK)
+
+
+def test_a_forced_backend_that_refuses_is_no_fault() -> None:
+    refusing = Peer("refusing", lambda: raising(RuntimeError("No available kernel. Aborting execution.")))
+    (refused,) = measure(Case(1, 1, 8, 4), {"refusing": refusing}, QUICK)
+    assert (refused.status, refused.is_fault) == ("cannot run", False)
 
 
 def row(candidate: str, num_tokens: int, seconds: float | None, **more: object) -> Row:

@@ -32,6 +32,15 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert entry["crossovers"]["forward"]["2"] >= 16
     assert "commit" in str(entry["provenance"])
     assert entry["settings"]["batch_tokens"] == 256
+    assert (entry["settings"]["dtype"], entry["settings"]["layout"]) == ("float32", "separate")
+
+
+def test_what_the_command_line_leaves_out_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["program", "--device", "cuda", "--width", "192"])
+    options = calibrate.read_options()
+    assert (options.impl, options.width, options.batch_tokens) == (calibrate.FASTEST["cuda"], 192, 65536)
+    assert (options.dtype, options.layout) == ("bfloat16", "packed")
 
 
 def test_a_wrong_form_is_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

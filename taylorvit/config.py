@@ -59,8 +59,9 @@ class DataConfig:
         dataset: `folder` (class sub-folders), `tar` (one tar a split, class sub-folders), `wds` (webdataset shards),
             `fashion_mnist` (idx.gz files), `digits` (scikit-learn's, written as an image folder on first use),
             `torch/NAME` (torchvision) or `hfds/NAME` (Hugging Face datasets), both through timm's readers;
-            `pixels/NAME` reads any of these as sequences of grey pixels.
-        root: folder that holds the data set.
+            `pixels/NAME` reads any of these as sequences of grey pixels; `listops` (tools/make_listops.py's files or Long
+            Range Arena's) and `imdb` (film reviews byte by byte, cut off at model.max_length).
+        root: folder that holds the data set; of `imdb` also the .tar or .tar.gz.
         train_split: sub-folder or split to train on; `NAME[:90%]` is the first 90 of every 100 of its images.
         val_split: sub-folder or split to evaluate on, such as `NAME[90%:]`, the other ten.
         test_split: split that studies report at the end; training never opens it. null: there is none.

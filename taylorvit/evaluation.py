@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from taylorvit.config import Config
 from taylorvit.data import (
     ImageDataset,
-    PixelDataset,
     Variant,
     build_dataset,
     build_eval_loader,
@@ -144,8 +143,10 @@ def evaluate_checkpoint(
         ValueError: the weights do not fit the model, or the classes of the data are not those of the checkpoint.
     """
     started = time.monotonic()
-    dataset = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
-    if variant_name and isinstance(dataset, PixelDataset):
+    dataset = build_dataset(
+        config.data, config.data.val_split, in_chans=config.model.in_chans, max_length=config.model.max_length
+    )
+    if variant_name and not isinstance(dataset, ImageDataset):
         raise ValueError(f"variant {variant_name!r} is of ImageNet, and data.dataset {config.data.dataset!r} holds sequences")
     variant = get_variant(variant_name, dataset) if variant_name and isinstance(dataset, ImageDataset) else None
     if variant is None:

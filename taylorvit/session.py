@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader
 
 from taylorvit.config import Config, TrainConfig
 from taylorvit.data import (
-    PIXELS,
+    AnyDataset,
     ImageDataset,
     Mixer,
-    PixelDataset,
     TrainLoader,
     build_dataset,
     build_eval_loader,
@@ -32,6 +31,7 @@ from taylorvit.data import (
     check_sequences,
     dataset_fingerprint,
     epoch_updates,
+    holds_sequences,
 )
 from taylorvit.distributed import BatchSplit, split_batch
 from taylorvit.metrics import forward_flops, peak_flops
@@ -50,8 +50,8 @@ class Session:
     accelerator: Accelerator
     split: BatchSplit
     updates_per_epoch: int
-    train_set: ImageDataset | PixelDataset
-    val_set: ImageDataset | PixelDataset
+    train_set: AnyDataset
+    val_set: AnyDataset
     train_loader: TrainLoader
     eval_loader: DataLoader
     mixer: Mixer
@@ -107,13 +107,15 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
         world_size=accelerator.num_processes,
     )
     check_augment(config.augment)
-    if config.data.dataset.startswith(PIXELS):
+    if holds_sequences(config.data.dataset):
         check_no_augment(config.augment)
     check_mixing(config.augment, split.micro_batch_size)
     seed_all("init", config.seed)
     model = build_model(config.model)
-    train_set = build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans)
-    val_set = build_dataset(config.data, config.data.val_split, in_chans=config.model.in_chans)
+    train_set, val_set = (
+        build_dataset(config.data, split, in_chans=config.model.in_chans, max_length=config.model.max_length)
+        for split in (config.data.train_split, config.data.val_split)
+    )
     check_classes(train_set, val_set)
     check_num_classes(train_set, config.model.num_classes)
     for dataset in (train_set, val_set):
@@ -122,7 +124,7 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
     notes = _prepare_model(model, config.train, finetune=finetune)
     model.to(accelerator.device)
     if config.train.channels_last:
-        if isinstance(train_set, PixelDataset):
+        if not isinstance(train_set, ImageDataset):
             raise ValueError("train.channels_last: true is for images, and data.dataset holds sequences")
         model.to(memory_format=torch.channels_last)
     ema = None

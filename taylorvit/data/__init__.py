@@ -9,17 +9,28 @@ from taylorvit.data.imagenet_variants import VARIANTS, Variant, get_variant
 from taylorvit.data.images import DATASETS, ImageDataset, ImageError
 from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
 from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
-from taylorvit.data.sequences import PIXELS, PixelDataset, build_dataset, check_no_augment, check_sequences
+from taylorvit.data.sequences import (
+    PIXELS,
+    AnyDataset,
+    PixelDataset,
+    TokenDataset,
+    build_dataset,
+    check_no_augment,
+    check_sequences,
+    holds_sequences,
+)
 from taylorvit.data.subset import share_samples
 
 __all__ = [
     "DATASETS",
     "PIXELS",
     "VARIANTS",
+    "AnyDataset",
     "ImageDataset",
     "ImageError",
     "Mixer",
     "PixelDataset",
+    "TokenDataset",
     "TrainLoader",
     "Variant",
     "build_dataset",
@@ -36,6 +47,7 @@ __all__ = [
     "dataset_fingerprint",
     "epoch_updates",
     "get_variant",
+    "holds_sequences",
     "is_mixing",
     "share_samples",
 ]

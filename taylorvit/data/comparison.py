@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 
-from taylorvit.data.images import ImageDataset
-from taylorvit.data.sequences import PixelDataset
-
-AnyDataset = ImageDataset | PixelDataset
+from taylorvit.data.sequences import AnyDataset
 
 
 def check_classes(train_dataset: AnyDataset, val_dataset: AnyDataset) -> None:

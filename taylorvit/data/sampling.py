@@ -23,12 +23,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from taylorvit.config import AugmentConfig, DataConfig
 from taylorvit.data.augment import build_eval_transform, build_train_transform
 from taylorvit.data.images import ImageDataset
-from taylorvit.data.sequences import PixelDataset
+from taylorvit.data.sequences import AnyDataset, TokenDataset, pad_batch
 from taylorvit.randomness import numpy_generator, seed_all
 
 WORKER_NAME = "image loader"
 
-AnyDataset = ImageDataset | PixelDataset
 Transform = Callable[[Any], Tensor]  # of an image, or of tokens
 
 
@@ -201,7 +200,7 @@ def build_train_loader(
     )
     sampler.set_position(epoch)
     keyed = KeyedDataset(dataset, transform, seed=seed)
-    return TrainLoader(keyed, batch_sampler=sampler, **_loader_options(data, persistent=True))
+    return TrainLoader(keyed, batch_sampler=sampler, **_loader_options(dataset, data, persistent=True))
 
 
 def build_eval_loader(
@@ -218,7 +217,7 @@ def build_eval_loader(
             img_size=img_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=data.mean, std=data.std
         )
     share = range(rank, len(dataset), world_size)
-    options = _loader_options(data, persistent=False)
+    options = _loader_options(dataset, data, persistent=False)
     return Loader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)
 
 
@@ -226,9 +225,10 @@ def _as_it_is(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _loader_options(data: DataConfig, *, persistent: bool) -> dict[str, Any]:
+def _loader_options(dataset: AnyDataset, data: DataConfig, *, persistent: bool) -> dict[str, Any]:
     options: dict[str, Any] = {
         "num_workers": data.num_workers,
+        "collate_fn": pad_batch if isinstance(dataset, TokenDataset) else None,  # None is PyTorch's own
         "pin_memory": data.pin_memory and torch.cuda.is_available(),
         "generator": torch.Generator(),  # else every iter() would draw from the global generator
     }

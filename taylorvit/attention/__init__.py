@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from taylorvit.attention import linear, performer, rfa, softmax, taylor_order, taylorshift
+from taylorvit.attention import linear, linformer, performer, reformer, rfa, softmax, taylor_order, taylorshift
 from taylorvit.attention.linear import LinearAttention
+from taylorvit.attention.linformer import Linformer
 from taylorvit.attention.performer import Performer
+from taylorvit.attention.reformer import Reformer
 from taylorvit.attention.rfa import RFA
 from taylorvit.attention.softmax import Softmax
 from taylorvit.attention.taylor_order import TaylorOrder
@@ -21,7 +23,9 @@ __all__ = [
     "ATTENTIONS",
     "RFA",
     "LinearAttention",
+    "Linformer",
     "Performer",
+    "Reformer",
     "Softmax",
     "TaylorOrder",
     "TaylorShift",
@@ -35,8 +39,10 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
     "softmax": Softmax,
     "taylor_order": TaylorOrder,
     "linear": LinearAttention,
+    "linformer": Linformer,
     "performer": Performer,
     "rfa": RFA,
+    "reformer": Reformer,
 }
 # One checker per attention: its keyword arguments are the options, and it raises ValueError on a value that is not valid.
 OPTION_CHECKS: dict[str, Callable[..., None]] = {
@@ -44,8 +50,10 @@ OPTION_CHECKS: dict[str, Callable[..., None]] = {
     "softmax": softmax.check_options,
     "taylor_order": taylor_order.check_options,
     "linear": linear.check_options,
+    "linformer": linformer.check_options,
     "performer": performer.check_options,
     "rfa": rfa.check_options,
+    "reformer": reformer.check_options,
 }
 
 
@@ -71,21 +79,29 @@ def check_attention_options(name: str, options: Mapping[str, Any]) -> None:
     OPTION_CHECKS[name](**options)
 
 
-def bind_options(name: str, options: Mapping[str, Any]) -> type[nn.Module]:
+def bind_options(name: str, options: Mapping[str, Any], num_tokens: int | None = None) -> type[nn.Module]:
     """Return a class that builds the attention of that name with these options already given.
 
     timm passes a fixed set of keywords to `attn_layer` and insists on a class. What the class builds is a plain instance of
     the attention, so models stay picklable and `type(block.attn)` is what one expects. Without options it is that class itself.
 
+    num_tokens is the most tokens that the attention will see. An attention whose constructor has an argument of that name is
+    given it; the others do not depend on it.
+
     Raises:
-        ValueError: the name or an option is not valid.
+        ValueError: the name or an option is not valid, or num_tokens is missing.
     """
     check_attention_options(name, options)
     attention = get_attention(name)
-    if not options:
+    bound = dict(options)
+    if "num_tokens" in inspect.signature(attention).parameters:
+        if num_tokens is None:
+            raise ValueError(f"attention {name!r} has parameters for every token: num_tokens must be given, got None")
+        bound["num_tokens"] = num_tokens
+    if not bound:
         return attention
 
     def build(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
-        return attention(*args, **kwargs, **options)
+        return attention(*args, **kwargs, **bound)
 
     return type(attention.__name__, (attention,), {"__new__": build})

@@ -75,14 +75,16 @@ class SequenceEncoder(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        attn_layer = bind_options(attention, attention_options or {})
+        self.num_prefix_tokens = 1 if global_pool == "token" else 0
+        attn_layer = bind_options(attention, attention_options or {}, max_length + self.num_prefix_tokens)
         _check(embed_dim, num_heads, global_pool, padding_idx, vocab_size)
+        if padding_idx is not None and not getattr(attn_layer, "takes_key_mask", True):
+            raise ValueError(f"attention {attention!r} cannot leave out padding: padding_idx must be None, got {padding_idx}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.vocab_size, self.max_length, self.padding_idx = vocab_size, max_length, padding_idx
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.global_pool = global_pool
-        self.num_prefix_tokens = 1 if global_pool == "token" else 0
         self.grad_checkpointing = False
 
         self.embedding = nn.Embedding(vocab_size, embed_dim, **factory)  # drawn from N(0, 1), the size of the positions

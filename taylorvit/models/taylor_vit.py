@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
-from taylorvit.attention import bind_options
+from taylorvit.attention import bind_options, check_attention_options
 from taylorvit.complexity import head_dimension
 
 __all__ = ["TaylorViT"]
@@ -37,13 +37,58 @@ class TaylorViT(VisionTransformer):
         attention_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        attn_layer = bind_options(attention, attention_options or {})
+        check_attention_options(attention, attention_options or {})
         _check_geometry(**kwargs)
+        attn_layer = bind_options(attention, attention_options or {}, _num_tokens(**kwargs))
         super().__init__(attn_layer=attn_layer, **kwargs)
 
     def no_weight_decay(self) -> set[str]:
         """Name the parameters that weight decay would harm: timm's embeddings and tokens, and the temperatures."""
         return super().no_weight_decay() | {"*.temperature"}
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Set the size of the images or of the patches, as timm does.
+
+        Raises:
+            ValueError: the attention has parameters for every token, and not for so many.
+        """
+        limits = [block.attn.num_tokens for block in self.blocks if hasattr(block.attn, "num_tokens")]
+        if limits:
+            self._check_num_tokens(
+                min(limits), img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size
+            )
+        super().set_input_size(img_size, patch_size)
+
+    def _check_num_tokens(self, limit: int, img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
+        num_tokens = _num_patches(img_size, patch_size, self.patch_embed.dynamic_img_pad) + self.num_prefix_tokens
+        if num_tokens > limit:
+            raise ValueError(
+                f"img_size {img_size} with patch_size {patch_size} gives {num_tokens} tokens, but the attention was built for "
+                f"at most {limit}: build the model with the largest img_size"
+            )
+
+
+def _num_tokens(
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int | tuple[int, int] = 16,
+    class_token: bool = True,
+    reg_tokens: int = 0,
+    dynamic_img_pad: bool = False,
+    **_: Any,
+) -> int:
+    """Return how many tokens the attention of timm's VisionTransformer sees, from its keywords and with its defaults."""
+    return _num_patches(img_size, patch_size, dynamic_img_pad) + int(class_token) + reg_tokens
+
+
+def _num_patches(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], pad: bool) -> int:
+    rows, columns = (-(-side // size) if pad else side // size for side, size in zip(_pair(img_size), _pair(patch_size)))
+    return rows * columns
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _check_geometry(
@@ -55,9 +100,8 @@ def _check_geometry(
     **_: Any,
 ) -> None:
     head_dimension(embed_dim, num_heads)  # softmax, too, then says which numbers would do
-    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
-    if not dynamic_img_pad and any(side < 1 or side % size for side, size in zip(sides, patch, strict=True)):
+    sides = zip(_pair(img_size), _pair(patch_size), strict=True)
+    if not dynamic_img_pad and any(side < 1 or side % size for side, size in sides):
         raise ValueError(f"img_size must be a positive multiple of patch_size {patch_size}, got {img_size}")
 
 

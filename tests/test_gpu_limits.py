@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from helpers import ROOT, run_tool
 
 sys.path.insert(0, str(ROOT / "tools"))
 
+import bench_attention
+import bench_model
+import calibrate
 import gpu_limits
 
 from taylorvit.benchmark import limits_measure
@@ -197,6 +201,53 @@ def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     assert run_tool(monkeypatch, gpu_limits.main, "--out", str(tmp_path / "new" / "limits.json")) == 2
     assert capsys.readouterr().err == "error: the limits of a GPU cannot be measured: PyTorch sees no GPU here\n"
     assert not list(tmp_path.iterdir())
+
+
+RECORDER = """\
+#!/usr/bin/env bash
+echo "$@" >> commands.txt
+[ -e works ] || [[ "$*" != *calibrate* ]]
+"""
+
+
+def test_the_report_goes_on_where_a_step_failed_and_its_commands_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    script, recorder, works = tmp_path / "tools" / "gpu_report.sh", tmp_path / "python", tmp_path / "works"
+    shutil.copy(ROOT / "tools" / script.name, script)
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+
+    def run() -> tuple[int, list[str]]:
+        (tmp_path / "commands.txt").unlink(missing_ok=True)
+        code = subprocess.run(["bash", script], env={**os.environ, "PYTHON": str(recorder)}, check=False).returncode
+        recorded = tmp_path / "commands.txt"
+        return code, recorded.read_text().splitlines() if recorded.exists() else []
+
+    code, commands = run()
+    assert code == 1
+    assert len(commands) > 10
+    programs = {
+        "bench_attention": bench_attention,
+        "bench_model": bench_model,
+        "calibrate": calibrate,
+        "gpu_limits": gpu_limits,
+    }
+    folders = []
+    for command in commands:
+        program, *arguments = command.split()
+        if program != "-m":
+            options = programs[Path(program).stem].build_parser().parse_args(arguments)
+            folders.append(options.out)
+            assert getattr(options, "limits", None) in (None, Path("results/gpu/limits.json"))
+            if program.endswith("bench_attention.py"):
+                assert options.limits
+                bench_attention.choose_peers(options.candidates, "cuda")
+    assert len(set(folders)) == len(folders)
+    works.touch()
+    code, commands = run()
+    assert (code, len(commands)) == (0, 1)
+    assert "calibrate" in commands[0]
+    assert run() == (0, [])
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from .case import Case
 from .check import check
 from .limits import Limits, least_seconds, matmul_flops
 from .memory import is_out_of_memory, peak_bytes_on_cpu, peak_bytes_on_gpu, release_memory
-from .peers import BASELINE, NO_BACKEND, Peer, chosen_backend, forget_compiled, prepare_call
+from .peers import BASELINE, Peer, chosen_backend, forget_compiled, is_refusal, prepare_call
 from .timing import CandidateError, Capture, Comparison, capture_graph, compare
 
 Status = Literal["ok", "wrong", "failed", "cannot run", "skipped", "out of memory"]
@@ -181,8 +181,7 @@ def _classify(error: BaseException, name: str) -> tuple[Status, str]:
     note = f"{type(error).__name__}: {lines[0]}"
     if is_out_of_memory(error):
         return "out of memory", ""
-    cannot = isinstance(error, NotImplementedError) or NO_BACKEND in note
-    return ("cannot run" if cannot else "failed"), note
+    return ("cannot run" if is_refusal(error) else "failed"), note
 
 
 def _compare(

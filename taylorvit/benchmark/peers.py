@@ -52,7 +52,7 @@ TRAINING_OPS = {"softmax": 3.5, "direct": 3.5, "efficient": 3.0}
 # What plain PyTorch holds at its peak over complexity.entries_*, which count what the formula needs.
 PLAIN_ENTRIES = {"forward": 2, "training": 4}
 FLEX_HEAD_DIM = 16  # the least that FlexAttention's kernels take on a GPU
-NO_BACKEND = "No available kernel"  # what PyTorch says where a forced backend refuses the inputs
+NO_BACKEND = ("No available kernel", "No viable backend")  # PyTorch, on a GPU and a CPU, where a forced backend refuses
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,11 @@ def flex_mean(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     y = flex_attention(q, k, v, score_mod=_log_polynomial, scale=1.0)
     assert isinstance(y, Tensor)
     return y
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the error says that something cannot run here, not that it is broken."""
+    return isinstance(error, NotImplementedError) or any(words in str(error) for words in NO_BACKEND)
 
 
 def chosen_backend(case: Case) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from taylorvit.benchmark.measure import refuse_lost_device
 from taylorvit.benchmark.memory import is_out_of_memory, peak_bytes_on_cpu, peak_bytes_on_gpu, release_memory
-from taylorvit.benchmark.peers import NO_BACKEND, forget_compiled
+from taylorvit.benchmark.peers import forget_compiled, is_refusal
 from taylorvit.benchmark.timing import CandidateError, Capture, Comparison, Spread, capture_graph, compare
 from taylorvit.models import random_inputs
 from taylorvit.studies.model_candidates import Candidate, Verdict, check_logits, inspect_model
@@ -296,7 +296,7 @@ def _classify(error: BaseException, name: str) -> tuple[Status, str]:
     if is_out_of_memory(error):
         return "out of memory", ""
     lines = str(error).strip().splitlines() or [""]
-    return ("cannot run" if NO_BACKEND in lines[0] else "failed"), f"{type(error).__name__}: {lines[0]}"
+    return ("cannot run" if is_refusal(error) else "failed"), f"{type(error).__name__}: {lines[0]}"
 
 
 def _enter_times(row: Row, comparison: Comparison, baseline: str, sizes: Mapping[str, int]) -> None:

@@ -440,6 +440,20 @@ def test_a_forced_backend_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["math", "flash", "math"]
 
 
+def test_whatever_is_measured_of_a_forced_backend_runs_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(1, 1, 4, 8)
+    seen = set()
+
+    def noting(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
+        seen.add(chosen_backend(case))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setattr("taylorvit.benchmark.peers.sdpa", noting)
+    (measured,) = measure(case, {"sdpa_math": all_peers()["sdpa_math"]}, QUICK)
+    assert measured.seconds
+    assert seen == {"math"}
+
+
 def test_the_form_that_a_peer_computes() -> None:
     peers, case = all_peers(), Case(1, 1, 10, 8)
     forms = {

@@ -61,6 +61,22 @@ TOYS: dict[str, tuple[dict[str, int], int, bool]] = {
 }
 
 
+# Most that an inner loop may cost: instructions of a thread for a score (direct) or issued for every clock of the tensor cores
+# (efficient), by architecture and head dimension: what was compiled when this was written, and a tenth of room. Of the direct
+# forward pass' 5.5 for a score, p takes two, the row sum one and rounding half; softmax takes 6.9, one of them an exponential
+# that counts eightfold. Without `prepared` every block of queries takes the keys' lengths again. The efficient form's loops keep
+# the tensor cores busy at D = 64, below 1; at D = 32 the same features meet half the columns.
+BUDGETS = {
+    "forward prepared": {(90, 32): 5.8, (90, 64): 6.2, (80, 32): 6.4, (80, 64): 8.8},
+    "forward": {(90, 32): 9.2, (90, 64): 13.0, (80, 32): 10.2, (80, 64): 14.5},
+    "backward_queries": {(90, 32): 8.6, (90, 64): 9.3, (80, 32): 7.9, (80, 64): 11.3},
+    "backward_keys": {(90, 32): 12.4, (90, 64): 14.1, (80, 32): 12.1, (80, 64): 17.0},
+    "state": {(90, 32): 1.12, (90, 64): 0.66, (80, 32): 0.70, (80, 64): 0.56},
+    "apply": {(90, 32): 1.26, (90, 64): 0.71, (80, 32): 1.08, (80, 64): 0.68},
+    "apply_backward": {(90, 32): 1.38, (90, 64): 0.73, (80, 32): 1.16, (80, 64): 0.69},
+}
+WITHOUT_PRODUCTS = {"prepare_keys", "prepare_backward", "reduce", "expand"}  # read and write every number once
+
 HOPPER = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;                              /* 0x00000a00ff017b82 */
                                                                                        /* 0x000e220000000800 */
@@ -249,6 +265,52 @@ def test_the_interpreter_is_refused(tmp_path: Path) -> None:
     assert done.stderr == "error: TRITON_INTERPRET is set: interpreted kernels are not compiled. Unset it\n"
     assert list(tmp_path.iterdir()) == []
     assert run("tests/test_compiled.py", "90", interpret=True).stderr.strip().endswith("are not compiled. Unset it")
+
+
+@pytest.fixture(scope="module")
+def real_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """All kernels of both passes, the direct form's with few tokens and with more."""
+    folder, rows = tmp_path_factory.mktemp("kernels"), []
+    for form, num_tokens in (("direct", ["197", "1025"]), ("efficient", ["1025"])):
+        options = ["--form", form, "--arch", "80", "90", "--head_dim", "32", "64", "--num_tokens", *num_tokens]
+        rows += inspect_kernels(folder, *options, "--dtype", "bfloat16", "--jobs", "1")[1]
+    return rows
+
+
+def name_of(row: dict[str, Any]) -> str:
+    return row["kernel"] + " prepared" * ("PREPARED" in row["flags"].split())
+
+
+def test_no_kernel_spills_or_leaves_the_tensor_cores(real_kernels: list[dict[str, Any]]) -> None:
+    assert [(row["arch"], row["kernel"], row["head_dim"], row["fault"]) for row in real_kernels if row["fault"]] == []
+    assert {row["kernel"] for row in real_kernels if not row["tensor"]} == WITHOUT_PRODUCTS
+    for row in real_kernels:
+        assert 0 < row["registers"] <= 255
+        assert row["blocks_per_sm"] > 0
+
+
+def test_inner_loops_stay_within_their_budgets(real_kernels: list[dict[str, Any]]) -> None:
+    seen, over = set(), []
+    for row in real_kernels:
+        place = row["arch"], row["head_dim"]
+        if name_of(row) not in BUDGETS:
+            continue
+        seen.add((name_of(row), place))
+        assert row["tensor"] == {80: "HMMA", 90: "HGMMA"}[row["arch"]]
+        assert row["redundancy"] == 1
+        cost = row["instructions_per_score"] or row["issue_per_tensor"]
+        if cost > BUDGETS[name_of(row)][place]:
+            over.append((name_of(row), row["flags"], place, cost))
+    assert seen == {(name, place) for name, places in BUDGETS.items() for place in places}
+    assert over == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_every_entry_of_the_launch_tables_compiles(tmp_path: Path, arch: str) -> None:
+    code, rows, output = inspect_kernels(tmp_path, "--arch", arch)
+    assert code == 0, output
+    assert {row["form"] for row in rows} == {"direct", "efficient"}
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def refuse_unfit_process() -> None:
 
 
 def compile_kernels(form: str, arch: int, dtype: str, head_dim: int, num_tokens: Sequence[int]) -> list[Any]:
-    """Return the kernels of one kind of tensors; runs in a process of its own."""
+    """Return the kernels of one kind of tensors."""
     from taylorvit.benchmark.compiled import Compilation, compile_form, merge
 
     torch.set_num_threads(1)
@@ -82,11 +82,14 @@ def compile_kernels(form: str, arch: int, dtype: str, head_dim: int, num_tokens:
 
 
 def compile_all(options: argparse.Namespace) -> Iterator[Any]:
-    """Yield the kernels in the order of the options, with `--jobs` processes at work."""
+    """Yield the kernels in the order of the options, with `--jobs` processes at work; one is this process."""
     kinds = list(product(options.form, options.arch, options.dtype, sorted(set(options.head_dim))))
+    arguments = [*zip(*kinds), [sorted(set(options.num_tokens))] * len(kinds)]
+    if options.jobs == 1:
+        yield from chain.from_iterable(map(compile_kernels, *arguments))
+        return
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        for rows in pool.map(compile_kernels, *zip(*kinds), [sorted(set(options.num_tokens))] * len(kinds)):
-            yield from rows
+        yield from chain.from_iterable(pool.map(compile_kernels, *arguments))
 
 
 def table_of(rows: Sequence[Any]) -> str:

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from taylorvit.attention import linear, linformer, performer, reformer, rfa, softmax, taylor_order, taylorshift
+from taylorvit.attention import eva, linear, linformer, nystrom, performer, reformer, rfa, softmax, taylor_order, taylorshift
+from taylorvit.attention.eva import EVA
 from taylorvit.attention.linear import LinearAttention
 from taylorvit.attention.linformer import Linformer
+from taylorvit.attention.nystrom import Nystrom
 from taylorvit.attention.performer import Performer
 from taylorvit.attention.reformer import Reformer
 from taylorvit.attention.rfa import RFA
@@ -21,9 +23,11 @@ from taylorvit.suggest import nearest
 
 __all__ = [
     "ATTENTIONS",
+    "EVA",
     "RFA",
     "LinearAttention",
     "Linformer",
+    "Nystrom",
     "Performer",
     "Reformer",
     "Softmax",
@@ -40,9 +44,11 @@ ATTENTIONS: dict[str, type[nn.Module]] = {
     "taylor_order": TaylorOrder,
     "linear": LinearAttention,
     "linformer": Linformer,
+    "nystrom": Nystrom,
     "performer": Performer,
     "rfa": RFA,
     "reformer": Reformer,
+    "eva": EVA,
 }
 # One checker per attention: its keyword arguments are the options, and it raises ValueError on a value that is not valid.
 OPTION_CHECKS: dict[str, Callable[..., None]] = {
@@ -51,9 +57,11 @@ OPTION_CHECKS: dict[str, Callable[..., None]] = {
     "taylor_order": taylor_order.check_options,
     "linear": linear.check_options,
     "linformer": linformer.check_options,
+    "nystrom": nystrom.check_options,
     "performer": performer.check_options,
     "rfa": rfa.check_options,
     "reformer": reformer.check_options,
+    "eva": eva.check_options,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import statistics
 from dataclasses import replace
@@ -32,6 +33,7 @@ from taylorvit.data.listops import (
     ListOps,
     ReferenceLines,
     Shape,
+    _grow,
     evaluate,
     generate_block,
     parse,
@@ -118,6 +120,20 @@ def test_the_draws_are_long_range_arenas() -> None:
     flat = [len(tokens) - 2 for tokens in drawn if len(tokens) > 1 and not set(OPERATORS) & set(tokens[1:])]
     assert set(flat) == set(range(2, 11))
     assert flat.count(3) / flat.count(2) == pytest.approx(0.75, abs=0.12)  # one more argument that must be a digit
+
+
+def test_giving_up_early_changes_no_draw() -> None:
+    """An expression is drawn as if there were no limit, or not at all."""
+    limited, free = Shape(min_length=0, max_length=60), Shape(min_length=0, max_length=10**9)
+    lengths = []
+    for seed in range(2000):
+        whole, tried = bytearray(), bytearray()
+        value = _grow(whole, 1, free, random.Random(seed))
+        result = _grow(tried, 1, limited, random.Random(seed))
+        assert (result, tried) == (value, whole) if len(whole) < 60 else result is None
+        assert len(tried) <= 60
+        lengths.append(len(whole))
+    assert max(lengths) > 1000
 
 
 def test_lengths_and_the_lines_are_those_measured_for_long_range_arena(tmp_path: Path) -> None:

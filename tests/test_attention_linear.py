@@ -11,6 +11,7 @@ from torch.nn.functional import elu
 
 from taylorvit.attention import LinearAttention, check_attention_options
 from taylorvit.attention.linear import EPS, linear_attention
+from taylorvit.models import SequenceEncoder
 
 
 def kernel_matrix(q: Tensor, k: Tensor) -> Tensor:
@@ -124,3 +125,15 @@ def test_what_every_attention_does() -> None:
 def test_whole_models() -> None:
     checks.check_vision_transformer("linear")
     checks.check_padding_in_the_sequence_model("linear", exact=True)
+
+
+def test_a_sequence_model_without_padding_is_the_same_with_and_without_a_mask() -> None:
+    masked = checks.encoder("linear")
+    plain = SequenceEncoder(
+        attention="linear", vocab_size=20, max_length=24, num_classes=4, embed_dim=16, depth=2, num_heads=4
+    ).eval()
+    plain.load_state_dict(masked.state_dict())
+    x = torch.randint(1, 20, (3, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(plain(x), masked(x))
+    plain(x).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in plain.parameters())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from taylorvit.attention import Nystrom, bind_options, check_attention_options
 from taylorvit.attention.nystrom import nystrom_attention
+from taylorvit.models import SequenceEncoder
 
 each_size = pytest.mark.parametrize(("N", "m"), [(12, 4), (11, 4), (7, 6), (9, 1)])
 
@@ -210,6 +211,25 @@ def test_it_compiles_in_one_graph(num_landmarks: int) -> None:
 def test_whole_models(num_landmarks: int) -> None:
     checks.check_vision_transformer("nystrom", num_landmarks=num_landmarks, conv_kernel_size=3)
     checks.check_padding_in_the_sequence_model("nystrom", exact=True, num_landmarks=num_landmarks, conv_kernel_size=3)
+
+
+def test_a_sequence_model_without_padding_is_the_same_with_and_without_a_mask() -> None:
+    masked = checks.encoder("nystrom", num_landmarks=6)
+    plain = SequenceEncoder(
+        attention="nystrom",
+        attention_options={"num_landmarks": 6},
+        vocab_size=20,
+        max_length=24,
+        num_classes=4,
+        embed_dim=16,
+        depth=2,
+        num_heads=4,
+    ).eval()
+    plain.load_state_dict(masked.state_dict())
+    x = torch.randint(1, 20, (3, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(plain(x), masked(x))
+    plain(x).square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in plain.parameters())
 
 
 def test_the_package_of_the_same_method_agrees() -> None:

@@ -32,9 +32,9 @@ def _table() -> dict[tuple[str, int, int], Launch]:
     table = {}
     for width in WIDTHS:
         wide = width == 128
-        table["moments", width, 16] = Launch({"BLOCK_N": 64}, 8 if wide else 4, 2)
+        table["moments", width, 16] = Launch({"BLOCK_N": 64}, 8 if width >= 64 else 4, 2)
         table["moments", width, 32] = Launch({"BLOCK_N": 32}, 8 if wide else 4, 1)
-        table["state", width, 16] = Launch({"BLOCK_N": 64, "LEFT": 16}, 8, 3)
+        table["state", width, 16] = Launch({"BLOCK_N": 64, "LEFT": 16}, 8 if wide else 4, 3)
         table["state", width, 32] = Launch({"BLOCK_N": 32, "LEFT": 8}, 8, 1)
         table["apply", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 16}, 8, 2)
         table["apply", width, 32] = Launch({"BLOCK_M": 64, "LEFT": 4}, 8 if wide else 4, 1)
@@ -109,32 +109,30 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     """Sum over the tokens: of keys and values, or of queries and the gradient of y, with what `backward` holds for that."""
     batch, num_heads, num_tokens, _ = x.shape
     heads, width, sizes = batch * num_heads, _width(x), _sizes(x)
-    launch = _launch("moments", x)
-    splits, split_tokens = _splits(num_tokens, heads, launch.blocks["BLOCK_N"], MAX_MOMENT_SPLITS)
+    launch, state_launch = _launch("moments", x), _launch("state", x)
+    block = max(launch.blocks["BLOCK_N"], state_launch.blocks["BLOCK_N"])
+    padded_tokens = triton.cdiv(num_tokens, block) * block
+    splits, split_tokens = _splits(num_tokens, heads, block, MAX_MOMENT_SPLITS)
     sums = x.new_empty(heads, splits, 2 * width + 2, width, dtype=torch.float32)
-    inverse = x.new_empty(heads, num_tokens, dtype=torch.float32)
-    others = backward or (inverse,) * 5  # not used
+    units = x.new_empty(heads, sizes["TILES"] * TILE, padded_tokens)
+    others = backward or (sums,) * 5  # not used
     kernels.launch(
         kernels_efficient.moments,
         (heads * splits,),
-        *(x, w, inverse, sums, *others, *x.stride(), *w.stride(), num_heads, num_tokens, splits, split_tokens),
+        *(x, w, units, sums, *others, *x.stride(), *w.stride(), num_heads, num_tokens, splits, split_tokens, padded_tokens),
         config=launch,
-        HEAD_DIM=sizes["HEAD_DIM"],
-        WIDTH=width,
         BACKWARD=bool(backward),
-        # the smaller products of the backward pass are of fp32 numbers
-        PRECISION=sizes["PRECISION"],
+        **sizes,
     )
     w = backward[3] if backward else w
-    launch = _launch("state", x)
-    blocks = _pairs(x) * TILE // launch.blocks["LEFT"]
-    state_splits, split_tokens = _splits(num_tokens, heads * blocks, launch.blocks["BLOCK_N"])
+    blocks = _pairs(x) * TILE // state_launch.blocks["LEFT"]
+    state_splits, split_tokens = _splits(num_tokens, heads * blocks, block)
     partials = x.new_empty(heads, state_splits, _pairs(x) * FEATURES, width, dtype=torch.float32)
     kernels.launch(
         kernels_efficient.state,
         (heads * state_splits * blocks,),
-        *(x, w, inverse, sums, partials, *x.stride(), *w.stride(), num_heads, num_tokens, splits, state_splits, split_tokens),
-        config=launch,
+        *(units, w, sums, partials, *w.stride(), num_heads, num_tokens, splits, state_splits, split_tokens, padded_tokens),
+        config=state_launch,
         CENTRED=not backward,
         **sizes,
     )

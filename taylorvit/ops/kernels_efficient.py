@@ -4,7 +4,7 @@ The quadratic term is a matrix product over the features of a vector x: tiles of
 n <= m, the 256 products x[16 m + i] x[16 n + j] in row 16 i + j. Pairs of different tiles stand for two and count double in the
 state. Features are built in registers, rounded to the inputs' dtype, and never stored.
 
-    moments         k, v -> inverse lengths; sums of k^ v^T, k^ k^T, k^, v           q, g -> the same, and g, delta
+    moments         k, v -> k^; sums of k^ v^T, k^ k^T, k^, v                        q, g -> the same, and g, delta
     state           k, v -> sums of features(k^) (v - m)^T                           q, g -> the same with g for v - m
     reduce          fixed-order sums of both over the splits of the tokens
     apply           q -> y                                                           k -> dv
@@ -37,19 +37,14 @@ def of_head(pointer, head, num_heads, stride_b, stride_h):
 
 
 @triton.jit
-def load_tokens(pointer, tokens, columns, num_tokens, stride_n, stride_d, HEAD_DIM: tl.constexpr):
-    """Return (tokens, columns) of a head in its dtype, 0 beyond its end."""
+def load_tokens(pointer, tokens, columns, num_tokens, stride_n, stride_d, HEAD_DIM: tl.constexpr, LAST: tl.constexpr = False):
+    """Return (tokens, columns) of a head in its dtype, 0 beyond its end.
+
+    LAST: they are not needed again. It also tells the compiler not to hold in registers what was loaded before.
+    """
     inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
     addresses = pointer + tokens.to(tl.int64)[:, None] * stride_n + columns[None, :] * stride_d
-    return tl.load(addresses, mask=inside, other=0.0)
-
-
-@triton.jit
-def load_transposed(pointer, tokens, columns, num_tokens, stride_n, stride_d, HEAD_DIM: tl.constexpr):
-    """Return (columns, tokens) of a head in its dtype, 0 beyond its end."""
-    inside = (columns < HEAD_DIM)[:, None] & (tokens < num_tokens)[None, :]
-    addresses = pointer + columns[:, None] * stride_d + tokens.to(tl.int64)[None, :] * stride_n
-    return tl.load(addresses, mask=inside, other=0.0)
+    return tl.load(addresses, mask=inside, other=0.0, eviction_policy="evict_first" if LAST else "")
 
 
 @triton.jit
@@ -79,7 +74,7 @@ def power_of_two(x):
 def moments(
     x,
     w,
-    inverse,
+    units,
     partials,
     row_means,
     deviations,
@@ -98,16 +93,19 @@ def moments(
     num_tokens,
     num_splits,
     tokens_per_split,
+    padded_tokens,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
     BACKWARD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write 1 / |x| (heads, N) fp32, and for every split the sums x^ w^T, omega x^ x^T, omega x^ and w, fp32.
+    """Write the unit vectors x^, and for every split the sums of x^ w^T, omega x^ x^T, omega x^ and w, fp32.
 
     Forward: x = k, w = v, omega = 1. Backward: x = q, w = g = dy / z, omega = delta = g . (y / scale - m); both are written.
-    partials: (heads, splits, 2 WIDTH + 2, WIDTH). Grid: (heads * splits,).
+    units: (heads, 16 TILES, padded tokens), 0 beyond the last token. partials: (heads, splits, 2 WIDTH + 2, WIDTH).
+    Grid: (heads * splits,).
     """
     program = tl.program_id(0)
     head = (program // num_splits).to(tl.int64)
@@ -115,19 +113,22 @@ def moments(
     columns = tl.arange(0, WIDTH)
     linear = tl.zeros([WIDTH, WIDTH], tl.float32)
     gram = tl.zeros([WIDTH, WIDTH], tl.float32)
-    x_sum = tl.zeros([WIDTH], tl.float32)
-    w_sum = tl.zeros([WIDTH], tl.float32)
+    x_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)  # summed over the rows once, at the end
+    w_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     if BACKWARD:
         offset = tl.load(means + (head * (WIDTH + NUM_VECTORS) + WIDTH + OFFSET) * WIDTH + columns)
     first = (program % num_splits) * tokens_per_split
-    for start in range(first, tl.minimum(first + tokens_per_split, num_tokens), BLOCK_N):
+    for start in range(first, tl.minimum(first + tokens_per_split, padded_tokens), BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         inside = tokens < num_tokens
         rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
         other = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
         factor = 1.0 / lengths(rows.to(tl.float32))
-        tl.store(inverse + head * num_tokens + tokens, factor, mask=inside)
         unit = (rows.to(tl.float32) * factor[:, None]).to(rows.dtype)
+        transposed = columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :]
+        tl.store(
+            units + head * TILES * TILE * padded_tokens + transposed, tl.trans(unit), mask=(columns < TILES * TILE)[:, None]
+        )
         if BACKWARD:
             z = tl.load(row_means + head * num_tokens + tokens, mask=inside, other=1.0)
             other = (other.to(tl.float32) / z[:, None]).to(rows.dtype)
@@ -140,18 +141,18 @@ def moments(
             # omega may be tiny: its products keep the exponents of fp32
             weighted = unit.to(tl.float32) * omega[:, None]
             gram = tl.dot(tl.trans(unit.to(tl.float32)), weighted, gram, input_precision=PRECISION)
-            x_sum += tl.sum(weighted, axis=0)
+            x_sum += weighted
         else:
             gram = tl.dot(tl.trans(unit), unit, gram, input_precision=PRECISION)
-            x_sum += tl.sum(unit.to(tl.float32), axis=0)
+            x_sum += unit.to(tl.float32)
         linear = tl.dot(tl.trans(unit), other, linear, input_precision=PRECISION)
-        w_sum += tl.sum(other.to(tl.float32), axis=0)
+        w_sum += other.to(tl.float32)
     partials += (head * num_splits + program % num_splits) * (2 * WIDTH + 2) * WIDTH
     matrix = columns[:, None] * WIDTH + columns[None, :]
     tl.store(partials + matrix, linear)
     tl.store(partials + WIDTH * WIDTH + matrix, gram)
-    tl.store(partials + 2 * WIDTH * WIDTH + columns, x_sum)
-    tl.store(partials + (2 * WIDTH + 1) * WIDTH + columns, w_sum)
+    tl.store(partials + 2 * WIDTH * WIDTH + columns, tl.sum(x_sum, axis=0))
+    tl.store(partials + (2 * WIDTH + 1) * WIDTH + columns, tl.sum(w_sum, axis=0))
 
 
 @triton.jit
@@ -173,15 +174,10 @@ def mean_value(partials, num_splits, num_tokens, WIDTH: tl.constexpr):
 
 @triton.jit
 def state(
-    x,
+    units,
     w,
-    inverse,
     moment_partials,
     partials,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    x_stride_d,
     w_stride_b,
     w_stride_h,
     w_stride_n,
@@ -191,6 +187,7 @@ def state(
     num_moment_splits,
     num_splits,
     tokens_per_split,
+    padded_tokens,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -199,7 +196,7 @@ def state(
     BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr,
 ):
-    """Write the sums features(x^) w^T of a split, fp32; CENTRED: of w less its mean m, which is rounded to its dtype.
+    """Write the sums of features(x^) w^T of a split, fp32; CENTRED: of w less its mean m, which is rounded to its dtype.
 
     A program has LEFT columns of a pair's first tile, so 16 LEFT features, on the M side of its product.
     partials: (heads, splits, pairs * 256, WIDTH). Grid: (heads * splits * pairs * 16 / LEFT,).
@@ -212,20 +209,18 @@ def state(
     first_columns = m * TILE + block % (TILE // LEFT) * LEFT + tl.arange(0, LEFT)
     second_columns = n * TILE + tl.arange(0, TILE)
     columns = tl.arange(0, WIDTH)
-    x, w = of_head(x, head, num_heads, x_stride_b, x_stride_h), of_head(w, head, num_heads, w_stride_b, w_stride_h)
+    units += head * TILES * TILE * padded_tokens
+    w = of_head(w, head, num_heads, w_stride_b, w_stride_h)
     if CENTRED:
         moment_partials += head * num_moment_splits * (2 * WIDTH + 2) * WIDTH
         centre = mean_value(moment_partials, num_moment_splits, num_tokens, WIDTH).to(w.dtype.element_ty)
     total = tl.zeros([LEFT * TILE, WIDTH], tl.float32)
     first = split * tokens_per_split
-    for start in range(first, tl.minimum(first + tokens_per_split, num_tokens), BLOCK_N):
+    for start in range(first, tl.minimum(first + tokens_per_split, padded_tokens), BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
-        left = load_transposed(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)  # (LEFT, BLOCK_N)
-        right = load_transposed(x, tokens, second_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)  # (16, BLOCK_N)
+        left = tl.load(units + first_columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :])  # (LEFT, BLOCK_N)
+        right = tl.load(units + second_columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :])  # (16, BLOCK_N)
         values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
-        factor = tl.load(inverse + head * num_tokens + tokens, mask=tokens < num_tokens, other=0.0)
-        left = (left.to(tl.float32) * factor[None, :]).to(values.dtype)
-        right = (right.to(tl.float32) * factor[None, :]).to(values.dtype)
         features = tl.reshape(left[:, None, :] * right[None, :, :], [LEFT * TILE, BLOCK_N])
         if CENTRED:
             values = values - centre[None, :]  # beyond the last token features are 0
@@ -339,37 +334,35 @@ def apply(
 
     rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM).to(tl.float32)
     factor = 1.0 / lengths(rows)
+    unit = (rows * factor[:, None]).to(dtype)
+    slope, constant = t * (B / s), C / (s * s)
+    if FORWARD:
+        precise = unit.to(tl.float32)
+        weights = tl.dot(precise, square(means, WIDTH, True), input_precision=PRECISION) * (A * t * t)  # the Gram matrix
+        weights += (slope * tl.load(means + (WIDTH + SUM) * WIDTH + columns))[None, :]
+        p_mean = tl.sum(precise * weights, axis=1)
     total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     block_offsets = tl.arange(0, LEFT * TILE)[:, None] * WIDTH + columns[None, :]
-    for pair in range(num_rows // FEATURES):
+    for row in range(0, num_rows, LEFT * TILE):
+        pair = row // FEATURES
         m, n = pair_of(pair, TILES)
+        first_columns = m * TILE + (row - pair * FEATURES) // TILE + tl.arange(0, LEFT)
+        left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
         right = load_tokens(x, tokens, n * TILE + tl.arange(0, TILE), num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
+        left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
         right = (right.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, 16)
-        for piece in tl.static_range(0, TILE, LEFT):
-            first_columns = m * TILE + piece + tl.arange(0, LEFT)
-            left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
-            left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
-            features = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
-            part = tl.load(states + (pair * FEATURES + piece * TILE) * WIDTH + block_offsets)
-            total = tl.dot(features, part, total, input_precision=PRECISION)
+        features = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
+        part = tl.load(states + row * WIDTH + block_offsets)
+        total = tl.dot(features, part, total, input_precision=PRECISION)
 
-    unit = rows * factor[:, None]
-    rounded = unit.to(dtype)
-    linear = square(states + num_rows * WIDTH, WIDTH, False)
-    slope = B / s * t
     # a t^2 quadratic + b1 t linear, as b1 t (a tau / b quadratic + linear): the linear term goes into the same accumulator
-    total = tl.dot(rounded, linear, total * (A / B * s * t), input_precision=PRECISION) * (slope / SCALE)
-    constant = C / (s * s)
-    mean = tl.load(means + (WIDTH + CENTRE) * WIDTH + columns) + tl.load(means + (WIDTH + OFFSET) * WIDTH + columns)
+    linear = square(states + num_rows * WIDTH, WIDTH, False)
+    total = tl.dot(unit, linear, total * (s * t * (A / B)), input_precision=PRECISION) * (slope / SCALE)
+    offset = tl.load(means + (WIDTH + OFFSET) * WIDTH + columns)
+    mean = tl.load(means + (WIDTH + CENTRE) * WIDTH + columns) + offset
     inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
     if FORWARD:
-        unit = rounded.to(tl.float32)
-        gram = square(means, WIDTH, True)
-        x_mean = tl.load(means + (WIDTH + SUM) * WIDTH + columns)
-        weights = A * t * t * tl.dot(unit, gram, input_precision=PRECISION) + slope * x_mean[None, :]
-        p_mean = tl.sum(unit * weights, axis=1)
         z = p_mean + constant
-        offset = tl.load(means + (WIDTH + OFFSET) * WIDTH + columns)
         total = (total - p_mean[:, None] * offset[None, :]) / z[:, None]
         if TRAINING:
             matrix = (head * num_tokens + tokens)[:, None] * HEAD_DIM + columns[None, :]
@@ -457,42 +450,47 @@ def apply_backward(
     t, s = bounded_temperature(temperature, head % num_heads)
     dtype = states.dtype.element_ty
 
-    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM).to(tl.float32)
-    factor = 1.0 / lengths(rows)
+    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
+    factor = 1.0 / lengths(rows.to(tl.float32))
     values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)
     if KEYS:
         values = values - tl.load(centres + columns).to(dtype)[None, :]
     shrink = power_of_two(values.to(tl.float32))  # exact, for the range of fp16
     total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
     block_offsets = tl.arange(0, LEFT * TILE)[:, None] * WIDTH + columns[None, :]
-    for pair in range(num_products // FEATURES):
-        second_columns = pair % TILES * TILE + tl.arange(0, TILE)
+    for row in range(0, num_products, LEFT * TILE):
+        pair = row // FEATURES
+        m = pair // TILES
+        first_columns = m * TILE + (row - pair * FEATURES) // TILE + tl.arange(0, LEFT)
+        second_columns = (pair - m * TILES) * TILE + tl.arange(0, TILE)
+        left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
         right = load_tokens(w, tokens, second_columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)
         if KEYS:
             right = right - tl.load(centres + second_columns).to(dtype)[None, :]
+        left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
         right = (right.to(tl.float32) * shrink[:, None]).to(dtype)  # (BLOCK_M, 16)
-        for piece in tl.static_range(0, TILE, LEFT):
-            first_columns = pair // TILES * TILE + piece + tl.arange(0, LEFT)
-            left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
-            left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
-            products = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
-            part = tl.load(expanded + (pair * FEATURES + piece * TILE) * WIDTH + block_offsets)
-            total = tl.dot(products, part, total, input_precision=PRECISION)
+        products = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
+        part = tl.load(expanded + row * WIDTH + block_offsets)
+        total = tl.dot(products, part, total, input_precision=PRECISION)
 
-    unit = rows * factor[:, None]
-    linear = square(states + num_rows * WIDTH, WIDTH, True)
-    values = (values.to(tl.float32) * shrink[:, None]).to(dtype)
-    # (b1 linear + 2 a t quadratic) = b1 (2 a tau / b quadratic + linear)
-    total = tl.dot(values, linear, total * (2 * A / B * s * t), input_precision=PRECISION)
-    total /= (shrink * s * (SCALE / B))[:, None]
-    gram = square(means, WIDTH, False)
-    moment = 2 * A * t * tl.dot(unit.to(dtype).to(tl.float32), gram, input_precision=PRECISION)
-    moment += (tl.load(means + (WIDTH + SUM) * WIDTH + columns) * (B / s))[None, :]
+    # b1 linear + 2 a t quadratic, as b1 (2 a tau / b quadratic + linear)
+    values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM, LAST=True)
     if KEYS:
-        total = scale * (total - moment)
+        values = values - tl.load(centres + columns).to(dtype)[None, :]
+    values = (values.to(tl.float32) * shrink[:, None]).to(dtype)
+    linear = square(states + num_rows * WIDTH, WIDTH, True)
+    total = tl.dot(values, linear, total * (s * t * (2 * A / B)), input_precision=PRECISION)
+    total /= (shrink * s * (SCALE / B))[:, None]
+    # less delta (b1 sum of x^ + 2 a t Gram matrix), of the other tokens
+    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM, LAST=True)
+    unit = rows.to(tl.float32) * factor[:, None]
+    if KEYS:
+        weight = tl.full([BLOCK_M], -1.0, tl.float32)
     else:
-        omega = tl.load(delta + head * num_tokens + tokens, mask=tokens < num_tokens, other=0.0)
-        total = scale * (total - omega[:, None] * moment)
+        weight = -tl.load(delta + head * num_tokens + tokens, mask=tokens < num_tokens, other=0.0)
+    total += weight[:, None] * (tl.load(means + (WIDTH + SUM) * WIDTH + columns) * (B / s))[None, :]
+    weighted = unit.to(dtype).to(tl.float32) * (weight * (2 * A * t))[:, None]
+    total = scale * tl.dot(weighted, square(means, WIDTH, False), total, input_precision=PRECISION)
     gradient, radial = unit_gradient(unit, total, 1.0 / factor)
     if not KEYS:
         tl.store(dtemperature + tl.program_id(0), tl.sum(radial, axis=0) / s)

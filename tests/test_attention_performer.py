@@ -33,7 +33,9 @@ def test_the_formula_written_out_with_loops() -> None:
         phi = [torch.exp(w @ x - x @ x / 2 - own) + eps for w in W[0]]
         weights = [sum(f * (torch.exp(w @ z - z @ z / 2 - largest) + eps) for f, w in zip(phi, W[0])) for z in scaled_k]
         y.append(sum(weight * value for weight, value in zip(weights, v[0, 0])) / sum(weights))
-    torch.testing.assert_close(performer_attention(q, k, v, W, eps=eps)[0, 0], torch.stack(y))
+    louder = torch.cat([k, 5 * k], dim=1)  # another head, whose keys have nothing to do with this one's maximum
+    y_of_two = performer_attention(q.expand_as(louder), louder, v.expand_as(louder), W.expand(2, -1, -1), eps=eps)
+    torch.testing.assert_close(y_of_two[0, 0], torch.stack(y))
 
 
 def test_the_error_falls_as_the_root_of_the_features() -> None:

@@ -213,3 +213,16 @@ def test_padding_in_the_sequence_model(bucket_size: int, exact: bool) -> None:
 
 def test_resume() -> None:
     checks.check_resume("reformer", bucket_size=2)
+
+
+@pytest.mark.parametrize("num_tokens", [16, 64])
+def test_agrees_with_the_package(num_tokens: int) -> None:
+    """reformer-pytorch, where it is installed: one round, as of several its look-back goes from one to the next."""
+    package = pytest.importorskip("reformer_pytorch.reformer_pytorch")
+    q, _, v = heads(N=num_tokens)
+    torch.manual_seed(0)
+    wanted, *_ = package.LSHAttention(bucket_size=8, n_hashes=1)(q.flatten(0, 1), v.flatten(0, 1))
+    torch.manual_seed(0)
+    R = torch.randn(1, 4, num_tokens // 16, dtype=torch.float64)  # what it draws first
+    y = lsh_attention(q, q, v, R, bucket_size=8)
+    torch.testing.assert_close(y.flatten(0, 1), wanted, rtol=1e-6, atol=1e-6)

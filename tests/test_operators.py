@@ -27,6 +27,7 @@ Shape = tuple[int, int, int, int]
 each_operator = pytest.mark.parametrize(
     ("impl", "form"), [(impl, form) for impl in ("cpu", "triton") for form in ("direct", "efficient")]
 )
+DEVICE = {"cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "triton": (torch.float16, torch.float32),  # in the interpreter
@@ -51,13 +52,14 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def inputs(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """Draw q, k, v as a packed projection gives them, and a temperature a head."""
-    batch, num_heads, num_tokens, head_dim = shape
+def inputs(impl: str, shape: Shape | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Draw q, k, v as a packed projection gives them, and a temperature a head, where the implementation runs."""
+    batch, num_heads, num_tokens, head_dim = shape or SHAPE[impl]
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(batch, num_tokens, 3, num_heads, head_dim, generator=generator, dtype=torch.float64).to(dtype)
     temperature = torch.linspace(0.5, 3.0, num_heads, dtype=torch.promote_types(dtype, torch.float32))
-    return [*qkv.permute(2, 0, 3, 1, 4).unbind(0), temperature]
+    qkv = qkv.to(DEVICE[impl])
+    return [*qkv.permute(2, 0, 3, 1, 4).unbind(0), temperature.to(DEVICE[impl])]
 
 
 def attention(impl: str, form: str) -> Callable[..., Tensor]:
@@ -68,7 +70,7 @@ def outcome(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tens
     """Return what the function gives and the gradients of a weighted sum of it."""
     leaves = [x.detach().requires_grad_() for x in tensors]
     y = function(*leaves)
-    weights = torch.linspace(-1.0, 1.0, y.numel()).view(y.shape)
+    weights = torch.linspace(-1.0, 1.0, y.numel(), device=y.device).view(y.shape)
     (y.float() * weights).sum().backward()
     return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
@@ -84,7 +86,7 @@ def test_opcheck(impl: str, form: str, shape: Shape, dtype: torch.dtype) -> None
     """Schema (nothing is modified or aliased), shapes and strides of the fake kernels, autograd, tracing with dynamic sizes."""
     training = (True,) if impl == "triton" else ()
     forward, backward = (getattr(torch.ops.taylorvit, name).default for name in (f"{impl}_{form}", f"{impl}_{form}_backward"))
-    packed = inputs(shape, dtype)
+    packed = inputs(impl, shape, dtype)
     torch.library.opcheck(forward, (*packed, *(False for _ in training)))
     for tensors in (packed, [x.contiguous() for x in packed]):
         torch.library.opcheck(forward, (*(x.detach().requires_grad_() for x in tensors), *training))
@@ -99,24 +101,24 @@ def test_compiled_is_bit_identical(impl: str, form: str, autocast: bool, around:
     """Autocast inside the compiled function, or around it and around its backward pass."""
 
     def attend(*tensors: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=HALF[impl], enabled=autocast):
+        with torch.autocast(DEVICE[impl], dtype=HALF[impl], enabled=autocast):
             return attention(impl, form)(*tensors)
 
     function = attention(impl, form) if around else attend
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    wanted = outcome(attend, inputs(SHAPE[impl]))
-    with torch.autocast("cpu", dtype=HALF[impl], enabled=autocast and around):
-        assert_same(outcome(compiled, inputs(SHAPE[impl])), wanted)
+    wanted = outcome(attend, inputs(impl))
+    with torch.autocast(DEVICE[impl], dtype=HALF[impl], enabled=autocast and around):
+        assert_same(outcome(compiled, inputs(impl)), wanted)
 
 
 @each_operator
 def test_one_graph_serves_all_sizes(impl: str, form: str) -> None:
     compiled = torch.compile(attention(impl, form), fullgraph=True, dynamic=True, backend="aot_eager")
     first, *others = [(2, 3, 11, 6), (4, 3, 17, 6), (3, 5, 8, 10)] if impl == "cpu" else [(2, 3, 5, 6), (3, 2, 7, 8)]
-    outcome(compiled, inputs(first))
+    outcome(compiled, inputs(impl, first))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in others:
-            assert_same(outcome(compiled, inputs(shape)), outcome(attention(impl, form), inputs(shape)))
+            assert_same(outcome(compiled, inputs(impl, shape)), outcome(attention(impl, form), inputs(impl, shape)))
 
 
 @pytest.mark.slow
@@ -129,17 +131,17 @@ def test_inductor(impl: str, form: str) -> None:
         return y.transpose(1, 2).flatten(2) * 3
 
     compiled = torch.compile(attend, fullgraph=True)
-    for ours, theirs in zip(outcome(compiled, inputs(SHAPE[impl])), outcome(attend, inputs(SHAPE[impl])), strict=True):
+    for ours, theirs in zip(outcome(compiled, inputs(impl)), outcome(attend, inputs(impl)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
 class Attend(nn.Module):
     """A layer without projections."""
 
-    def __init__(self, impl: str, form: str, num_heads: int) -> None:
+    def __init__(self, impl: str, form: str) -> None:
         super().__init__()
         self.impl, self.form = impl, form
-        self.temperature = nn.Parameter(torch.linspace(0.5, 3.0, num_heads))
+        self.temperature = nn.Parameter(torch.linspace(0.5, 3.0, SHAPE[impl][1], device=DEVICE[impl]))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(self.impl, self.form)(q, k, v, self.temperature)
@@ -150,14 +152,14 @@ class Attend(nn.Module):
 def test_export_keeps_one_node_a_call(impl: str, form: str, dynamic: bool) -> None:
     batch, tokens = (torch.export.Dim(name, min=1, max=64) for name in ("batch", "tokens"))
     sizes: Any = tuple({0: batch, 2: tokens} for _ in range(3)) if dynamic else None
-    module = Attend(impl, form, SHAPE[impl][1])
-    program = torch.export.export(module, tuple(inputs(SHAPE[impl])[:3]), dynamic_shapes=sizes)
+    module = Attend(impl, form)
+    program = torch.export.export(module, tuple(inputs(impl)[:3]), dynamic_shapes=sizes)
     for exported in (program, program.run_decompositions()):
         called = [str(node.target) for node in exported.graph.nodes if "taylorvit" in str(node.target)]
         assert called == [f"taylorvit.{impl}_{form}.default"]
         _, num_heads, num_tokens, head_dim = SHAPE[impl]
         shape = (3, num_heads, num_tokens + 2, head_dim) if dynamic else SHAPE[impl]
-        *tensors, _ = inputs(shape, seed=1)
+        *tensors, _ = inputs(impl, shape, seed=1)
         assert torch.equal(exported.module()(*tensors), module(*tensors))
 
 
@@ -167,16 +169,16 @@ def test_activation_checkpointing(impl: str, form: str, use_reentrant: bool) -> 
     def recomputed(*tensors: Tensor) -> Tensor:
         return checkpoint(attention(impl, form), *tensors, use_reentrant=use_reentrant)
 
-    assert_same(outcome(recomputed, inputs(SHAPE[impl])), outcome(attention(impl, form), inputs(SHAPE[impl])))
+    assert_same(outcome(recomputed, inputs(impl)), outcome(attention(impl, form), inputs(impl)))
 
 
 @each_operator
 def test_distributed_data_parallel(impl: str, form: str) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        alone = Attend(impl, form, SHAPE[impl][1])
+        alone = Attend(impl, form)
         model = DistributedDataParallel(copy.deepcopy(alone))
-        *tensors, _ = inputs(SHAPE[impl])
+        *tensors, _ = inputs(impl)
         for module in (model, alone):
             module(*tensors).square().sum().backward()
     finally:
@@ -198,7 +200,7 @@ def right_or_refused(call: Callable[[], Tensor], wanted: Tensor) -> None:
 @each_operator
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_is_right_or_refused(impl: str, form: str) -> None:
-    q, k, v, temperature = inputs(SHAPE[impl])
+    q, k, v, temperature = inputs(impl)
     many = [torch.stack([x, 2 * x + 1]) for x in (q, k, v)]
     wanted = torch.stack([attention(impl, form)(*(x[i] for x in many), temperature) for i in range(2)])
     right_or_refused(lambda: torch.vmap(attention(impl, form), in_dims=(0, 0, 0, None))(*many, temperature), wanted)
@@ -206,7 +208,7 @@ def test_vmap_is_right_or_refused(impl: str, form: str) -> None:
 
 @each_operator
 def test_functional_gradients_are_right_or_refused(impl: str, form: str) -> None:
-    tensors = inputs(SHAPE[impl])
+    tensors = inputs(impl)
     leaves = [x.detach().requires_grad_() for x in tensors]
     (wanted,) = torch.autograd.grad(attention(impl, form)(*leaves).square().sum(), leaves[1])
     right_or_refused(lambda: torch.func.grad(lambda *x: attention(impl, form)(*x).square().sum(), argnums=1)(*tensors), wanted)
@@ -215,7 +217,7 @@ def test_functional_gradients_are_right_or_refused(impl: str, form: str) -> None
 @each_operator
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_forward_mode_is_right_or_refused(impl: str, form: str) -> None:
-    tensors = inputs(SHAPE[impl], dtype=DTYPES[impl][-1])
+    tensors = inputs(impl, dtype=DTYPES[impl][-1])
     tangents = [torch.randn_like(x) for x in tensors]
     reference = partial(taylor_attention, form=form, impl="reference")
     wanted = torch.func.jvp(reference, tuple(tensors), tuple(tangents))[1]
@@ -224,7 +226,7 @@ def test_forward_mode_is_right_or_refused(impl: str, form: str) -> None:
 
 @each_operator
 def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(impl: str, form: str) -> None:
-    tensors = [x.contiguous() for x in inputs(SHAPE[impl])]
+    tensors = [x.contiguous() for x in inputs(impl)]
     wanted = outcome(attention(impl, form), tensors)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for fake, real in zip(outcome(attention(impl, form), [mode.from_tensor(x) for x in tensors]), wanted, strict=True):
@@ -233,7 +235,7 @@ def test_fake_tensors_have_the_shapes_and_strides_of_real_ones(impl: str, form: 
 
 @each_operator
 def test_the_flop_counter_sees_the_matrix_products(impl: str, form: str) -> None:
-    tensors = [x.requires_grad_() for x in inputs((2, 3, 50, 8))]
+    tensors = [x.requires_grad_() for x in inputs(impl, (2, 3, 50, 8))]
     with FlopCounterMode(display=False) as counter:
         y = attention(impl, form)(*tensors)
     features = {"cpu": 8 * (8 // 2 + 1), "triton": 16**2}[impl]
@@ -247,13 +249,13 @@ def test_the_flop_counter_sees_the_matrix_products(impl: str, form: str) -> None
 
 @each_operator
 def test_an_explicit_impl_counts_on_the_meta_device(impl: str, form: str) -> None:
-    tensors = [x.to("meta") for x in inputs((2, 3, 50, 8))]
+    tensors = [x.to("meta") for x in inputs(impl, (2, 3, 50, 8))]
     assert attention(impl, form)(*tensors).shape == (2, 3, 50, 8)
 
 
 @each_operator
 def test_second_derivatives_are_refused(impl: str, form: str) -> None:
-    leaves = [x.requires_grad_() for x in inputs((1, 3, 5, 6))]
+    leaves = [x.requires_grad_() for x in inputs(impl, (1, 3, 5, 6))]
     y = attention(impl, form)(*leaves)
     for gradient in torch.autograd.grad(y.square().sum(), leaves, create_graph=True):
         with pytest.raises(NotImplementedError, match=f"impl '{impl}' has no second derivative: use impl='reference'"):

@@ -1,6 +1,6 @@
 # make quickstart   train a small TaylorViT on real digits and evaluate it; a second call continues or evaluates that run
 # make test         run the tests
-# make test-gpu     run the tests that need a GPU
+# make test-gpu     run the tests that need a GPU, and those of the kernels on it, slow ones too
 # make check        check formatting, lint and types
 # make format       apply formatting and lint fixes
 # make clean        remove the environment and the caches; runs and data stay
@@ -34,7 +34,7 @@ test: $(DEV)
 	$(BIN)/python -m pytest
 
 test-gpu: $(DEV)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m "" tests/test_gpu*.py tests/test_operators.py
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

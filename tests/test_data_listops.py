@@ -249,7 +249,7 @@ def test_reference_lines_by_hand(tmp_path: Path) -> None:
     write_tsv(tmp_path / "basic_test.tsv", [("[SM 4 5 ]", 9), ("[MIN [SM 9 9 ] [SM 9 9 ] ]", 8), ("7", 7)])
     lines = ReferenceLines(learned := ListOps(folder, "train"))
     assert lines.predict(parse(b"[MAX [MIN 9 8 ] 3 ]")) == (2, 9, 3)
-    assert lines.predict(parse(b"[MIN [SM 1 1 ] [SM 9 9 ] ]")) == (2, 2, 2)
+    assert lines.predict(parse(b"[MAX [SM 1 1 ] [SM 9 9 ] ]")) == (2, 9, 9)
     assert lines.predict(parse(b"[SM 4 [MIN 1 2 ] 5 ]")) == (2, 2, 9)
     assert list(lines.accuracy(learned).values()) == pytest.approx([300 / 7, 600 / 7, 500 / 7])
     assert list(lines.accuracy(ListOps(folder, "test")).values()) == pytest.approx([0, 0, 200 / 3])

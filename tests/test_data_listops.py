@@ -297,6 +297,14 @@ def test_parts_and_splits_are_told_apart(folder: Path) -> None:
     assert share_samples(sets["train"].source, sets["train[90%:]"].source)
 
 
+def test_the_fingerprint_knows_every_expression_and_label(tmp_path: Path) -> None:
+    prints = set()
+    for number, sample in enumerate([("[MAX 1 2 ]", 2), ("[SM 1 1 ]", 2), ("[SM 1 1 ]", 3), ("[SM 1 1 1 ]", 3)]):
+        folder = write_tsv(tmp_path / str(number) / "basic_val.tsv", [sample])
+        prints.add(dataset_fingerprint(build_dataset(data_config(folder), "val", in_chans=1)))
+    assert len(prints) == 4
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_filled_up_to_their_longest(folder: Path, num_workers: int) -> None:
     data = replace(data_config(folder), num_workers=num_workers)

@@ -194,10 +194,21 @@ def test_a_damaged_gzip_is_refused(archive: Path, tmp_path: Path) -> None:
     path.write_bytes(packed[: len(packed) // 2])
     with pytest.raises(ValueError, match=r"a.tar.gz: not a readable archive"):
         open_split(path)
-    packed[len(packed) // 2 : len(packed) // 2 + 200] = b"\x00" * 200
-    path.write_bytes(packed)
-    with pytest.raises(ValueError, match=r"a.tar.gz: (not a readable archive|the archive is cut or damaged)"):
-        open_split(path)
+    for byte in range(0, 256, 16):
+        damaged = bytearray(packed)
+        damaged[len(packed) // 2 : len(packed) // 2 + 200] = bytes([byte]) * 200
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a.tar.gz: (not a readable archive|the archive is cut or damaged)"):
+            open_split(path)
+
+
+def test_the_fingerprint_knows_the_texts(tmp_path: Path) -> None:
+    for name in ("neg", "pos"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "0_1.txt").write_bytes(b"good")
+    before = dataset_fingerprint(open_split(tmp_path))
+    (tmp_path / "train" / "neg" / "0_1.txt").write_bytes(b"poor")
+    assert dataset_fingerprint(open_split(tmp_path)) != before
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -71,6 +71,16 @@ def test_neither_hash_seed_nor_jobs_change_the_files(made: Path, tmp_path: Path,
     assert contents(tmp_path) == contents(made)
 
 
+def number_itself(block: int) -> list[tuple[bytes, int]]:
+    return [(b"", block)]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_blocks_come_in_order_and_none_is_left_out(jobs: int) -> None:
+    blocks = list(islice(make_listops._blocks(number_itself, jobs), 30))
+    assert blocks == [number_itself(number) for number in range(30)]
+
+
 def test_these_options_give_these_very_files(made: Path) -> None:
     """Whoever changes the way from a seed to the files must raise VERSION with it."""
     manifest = json.loads((made / "listops.json").read_text())

@@ -76,8 +76,8 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], list[float]]:
     """Return the results in fp64 but for what matrix products in the dtype of q take away, and what rounding is relative to.
 
-    Rounded are the unit vectors, the weights without their constant, and the gradient of the scores. The gradients of q, k and
-    temperature are small differences of larger numbers: their rounding is relative to those.
+    Rounded are the unit vectors, the weights without their constant, the gradient of y over z, and that of the scores. The
+    gradients of q, k and temperature are small differences of larger numbers: their rounding is relative to those.
     """
     dtype = tensors[0].dtype
     q, k, v, temperature = leaves = [x.double().requires_grad_() for x in tensors]
@@ -86,36 +86,41 @@ def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list
     cosines.register_hook(lambda dx: rounded(dx, dtype))
     x = temperature[:, None, None] * cosines
     p = reference.A * x.square() + reference.B * x
-    numerator = (rounded(p, dtype) + reference.C) @ v
-    y = math.sqrt(v.shape[2] / v.shape[3]) * numerator / (p + reference.C).sum(dim=-1, keepdim=True)
-    *gradients, dx, dq, dk = torch.autograd.grad(y, [*leaves, x, *units], grad.double())
+    numerator, denominator = (rounded(p, dtype) + reference.C) @ v, (p + reference.C).sum(dim=-1, keepdim=True)
+    y = math.sqrt(v.shape[2] / v.shape[3]) * numerator / denominator
+    rounded_grad = rounded(grad.double() / denominator.detach(), dtype) * denominator.detach()
+    *gradients, dx, dq, dk = torch.autograd.grad(y, [*leaves, x, *units], rounded_grad)
     lengths = [x.detach().norm(dim=-1, keepdim=True).clamp_min(reference.GRADIENT_LENGTH) for x in (q, k)]
     along = (units[0] * (dx @ units[1])).sum(dim=-1).abs().sum(dim=(0, 2))
     sizes = (y, dq / lengths[0], dk / lengths[1], gradients[2], torch.maximum(along, gradients[3].abs()))
     return [y.detach(), *gradients], [x.detach().abs().max().item() for x in sizes]
 
 
-def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
-    """Check error <= 2 (error of the reference + what rounded operands cost) + rounding of the result.
-
-    In the mean square and, twice as much, anywhere. The gradient of the temperature is one number a head: in the mean of so few
-    chance decides. fp32 operands are not rounded: nothing is allowed for them.
-    """
-    dtype = tensors[0].dtype
+def errors(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[list[Tensor]], list[float]]:
+    """Return what each result is off by (ours, the reference's, that of rounded operands) and what rounding is relative to."""
     exact = in_fp64(tensors, grad)
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     y = reference.direct(*leaves)
     theirs = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
     model, units = with_rounded_operands(tensors, grad)
-    for name, result, other, modelled, truth, unit in zip(RESULTS, run(tensors, grad), theirs, model, exact, units):
-        eps = torch.finfo(dtype).eps
-        errors = [x.double() - truth for x in (result, other, modelled)]
-        norms = ((lambda x: x.square().mean().sqrt().item(), 1), (lambda x: x.abs().max().item(), 2))
-        for norm, factor in norms if name != "dtemperature" else norms[1:]:
-            error, *allowed = (norm(x) for x in errors)
-            budget = factor * (2 * sum(allowed) + unit * eps + 1e-14)
+    ours = run(tensors, grad)
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+    return [[x.double() - truth for x in results] for *results, truth in zip(ours, theirs, model, exact)], units
+
+
+def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
+    """Check error <= 2 (error of the reference + what rounded operands cost) + rounding of the result.
+
+    In the mean square and, twice as much, anywhere. fp32 operands are not rounded: that costs nothing then. The gradient of the
+    temperature is one number a head, of which chance decides: it may be off by more, and has a test of its own.
+    """
+    eps = torch.finfo(tensors[0].dtype).eps
+    for name, off, unit in zip(RESULTS, *errors(tensors, grad)):
+        chance = 5 if name == "dtemperature" else 1
+        for norm, factor in ((lambda x: x.square().mean().sqrt().item(), 1), (lambda x: x.abs().max().item(), 2)):
+            error, *allowed = (norm(x) for x in off)
+            budget = chance * factor * (2 * sum(allowed) + unit * eps + 1e-14)
             assert error <= budget, f"{name}: {error:.2e}, budget {budget:.2e}, reference and operands {allowed}"
-        assert result.dtype == other.dtype
 
 
 CASES: list[tuple[Shape, str, float]] = [
@@ -123,28 +128,36 @@ CASES: list[tuple[Shape, str, float]] = [
     ((1, 3, 2, 17), "clustered keys", 1),
     ((2, 1, 17, 1), "1e-4", 100),
     ((1, 2, 31, 64), "large mean", -1),
-    ((2, 3, 33, 16), "clustered keys", 100),
-    ((1, 2, 65, 32), "zero vectors", -8),
-    ((1, 2, 65, 48), "zero vectors", 0),
-    ((1, 1, 64, 80), "normal", 3),
-    ((1, 2, 63, 64), "normal", 100),
-    ((2, 1, 65, 16), "large mean", 10),
-    ((1, 2, 40, 32), "1e-10", 1),
-    ((1, 1, 66, 24), "1e3", -3),
-    ((1, 1, 197, 8), "large mean", 0),
-    ((1, 1, 50, 128), "clustered keys", 10),
+    ((1, 2, 33, 16), "clustered keys", 100),
+    ((1, 1, 65, 32), "zero vectors", -8),
+    ((1, 2, 33, 48), "zero vectors", 0),
+    ((1, 1, 49, 80), "normal", 3),
+    ((1, 1, 63, 64), "normal", 100),
+    ((2, 1, 33, 16), "large mean", 10),
+    ((1, 2, 32, 32), "1e-10", 1),
+    ((1, 1, 34, 24), "1e3", -3),
+    ((1, 1, 65, 8), "large mean", 0),
+    ((1, 1, 33, 128), "clustered keys", 10),
 ]
 
 
-@each_variant
 @each_dtype
 @pytest.mark.parametrize(("shape", "kind", "temperature"), CASES, ids=str)
-def test_error_budget(
-    shape: Shape, kind: str, temperature: float, dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks of 32 by 16: for all but the shortest, several of each and ragged ends."""
+def test_error_budget(shape: Shape, kind: str, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 32 by 16: for most of them several of each and ragged ends. The variants of the forward pass take turns."""
     use_blocks(monkeypatch, 32, 16)
+    monkeypatch.setattr(
+        gpu_direct, "MAX_FUSED_TOKENS", (CASES.index((shape, kind, temperature)) + DTYPES.index(dtype)) % 2 * 512
+    )
     assert_within_budget(*inputs(shape, dtype, kind, temperature))
+
+
+@each_dtype
+@pytest.mark.parametrize(("kind", "temperature"), [("normal", 3), ("large mean", 0.01), ("clustered keys", 10)])
+def test_temperature_gradient_is_as_accurate_as_it_can_be(dtype: torch.dtype, kind: str, temperature: float) -> None:
+    """The mean over many heads tells, where chance decides about a single one."""
+    (*_, (ours, theirs, modelled)), _ = errors(*inputs((1, 10, 33, 16), dtype, kind, temperature))
+    assert ours.norm() <= 2 * (theirs.norm() + modelled.norm())
 
 
 @each_variant
@@ -172,27 +185,32 @@ def test_launch_table_is_complete() -> None:
 def assert_equals_reference(tensors: Sequence[Tensor], grad: Tensor) -> None:
     """Compare in fp32, where rounding is far smaller than any other error."""
     for name, result, exact in zip(RESULTS, run(tensors, grad), in_fp64(tensors, grad)):
-        torch.testing.assert_close(result.double(), exact, rtol=2e-5, atol=2e-5, msg=lambda text: f"{name}: {text}")
-
-
-LENGTHS = [1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65]
-
-
-@each_variant
-@pytest.mark.parametrize("blocks", [(16, 32), (32, 16)], ids=str)
-@pytest.mark.parametrize("num_tokens", LENGTHS)
-def test_lengths_around_the_blocks(
-    num_tokens: int, blocks: tuple[int, int], variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_blocks(monkeypatch, *blocks)
-    assert_equals_reference(*inputs((1, 2, num_tokens, 8), torch.float32))
+        torch.testing.assert_close(
+            result.double(), exact, rtol=2e-5, atol=2e-5, msg=f"{name} differs by {(result - exact).abs().max()}"
+        )
 
 
 @each_variant
-@pytest.mark.parametrize("num_tokens", [1, 197, 300])
-def test_lengths_of_vision_transformers(num_tokens: int, variant: str) -> None:
-    """With the blocks of the table, and both variants on either side of where the table switches."""
-    assert_equals_reference(*inputs((1, 1, num_tokens, 32), torch.float32))
+@pytest.mark.parametrize("num_tokens", [1, 2, 15, 16, 17, 31, 32, 33, 48, 49, 64, 65])
+def test_lengths_around_the_blocks(num_tokens: int, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_blocks(monkeypatch, *((16, 32) if variant == "one launch" else (32, 16)))
+    assert_equals_reference(*inputs((1, 1, num_tokens, 8), torch.float32, temperature=2.0))
+
+
+@each_variant
+def test_length_of_a_vision_transformer(variant: str) -> None:
+    assert_equals_reference(*inputs((1, 1, 197, 32), torch.float32, temperature=2.0))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "kernels_used"), [(197, ["forward"]), (512, ["forward"]), (513, ["prepare_keys", "forward"])]
+)
+def test_short_sequences_take_one_launch(num_tokens: int, kernels_used: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, *args, **kwargs: launched.append(kernel.__name__))
+    q = torch.empty(2, 3, num_tokens, 64, dtype=torch.bfloat16, device="meta")
+    gpu_direct.forward(q, q, q, torch.ones(3), training=True)
+    assert launched == kernels_used
 
 
 @each_dtype
@@ -201,7 +219,7 @@ def test_head_dimensions(head_dim: int, dtype: torch.dtype, monkeypatch: pytest.
     """Between powers of two the kernels' columns are partly empty. Odd ones take the prepared keys, even ones one launch."""
     monkeypatch.setattr(gpu_direct, "MAX_FUSED_TOKENS", 0 if head_dim % 2 else 512)
     use_blocks(monkeypatch, 32, 16)
-    assert_within_budget(*inputs((1, 2, 33, head_dim), dtype))
+    assert_within_budget(*inputs((1, 1, 33, head_dim), dtype, temperature=3.0))
 
 
 @each_variant
@@ -216,24 +234,24 @@ def test_nothing_to_attend_to(shape: Shape, variant: str) -> None:
 # ---- memory
 
 
+LAYOUTS = ["packed", "transposed", "expanded", "every other number", "reversed and shifted"]
+
+
 @each_variant
-@pytest.mark.parametrize("layout", ["packed", "transposed", "expanded", "every other number", "reversed and shifted"])
-def test_any_strides(layout: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", range(5), ids=LAYOUTS)
+def test_any_strides(first: int, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor has a layout of its own: strides that are taken for those of another one show."""
     use_blocks(monkeypatch, 16, 16)
-    tensors, grad = inputs((2, 3, 18, 6), torch.float32)
-    q, k, v, temperature = *laid_out(tensors[:3], layout), tensors[3]
-    # The other order shows strides that are taken for those of another tensor.
-    for permuted in ((q, k, v), (v, q, k)):
-        assert_equals_reference([*permuted, temperature], laid_out([grad] * 3, layout)[0])
-    assert_equals_reference([q, tensors[1], tensors[2], temperature], grad)
-    assert_equals_reference([tensors[0], tensors[1], v, temperature], grad)
+    (q, k, v, temperature), grad = inputs((2, 2, 17, 6), torch.float32)
+    q, k, v, grad = (laid_out([x] * 3, LAYOUTS[(first + i) % 5])[i % 3] for i, x in enumerate((q, k, v, grad)))
+    assert_equals_reference([q, k, v, temperature], grad)
 
 
 @each_variant
 def test_gradient_that_is_one_number_expanded(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the backward pass of a sum gives."""
     use_blocks(monkeypatch, 16, 16)
-    tensors, grad = inputs((2, 3, 18, 6), torch.float32)
+    tensors, grad = inputs((2, 2, 17, 6), torch.float32)
     assert_equals_reference(tensors, torch.ones(()).expand_as(grad))
 
 
@@ -270,7 +288,7 @@ def test_same_inputs_give_the_same_bits_and_stay_as_they_are(
     dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_blocks(monkeypatch, 16, 16)
-    tensors, grad = inputs((2, 3, 33, 8), dtype)
+    tensors, grad = inputs((1, 2, 17, 8), dtype)
     before = [x.clone() for x in (*tensors, grad)]
     first, second = (run(tensors, grad) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second))
@@ -282,9 +300,8 @@ def test_same_inputs_give_the_same_bits_and_stay_as_they_are(
 
 @each_variant
 @each_dtype
-def test_a_head_does_not_depend_on_the_others(dtype: torch.dtype, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_blocks(monkeypatch, 16, 16)
-    tensors, grad = inputs((2, 3, 33, 8), dtype)
+def test_a_head_does_not_depend_on_the_others(dtype: torch.dtype, variant: str) -> None:
+    tensors, grad = inputs((2, 3, 17, 8), dtype)
     *together, _ = run(tensors, grad)
     for image, head in itertools.product(range(2), range(3)):
         part = slice(image, image + 1), slice(head, head + 1)

@@ -124,7 +124,8 @@ def forward(
     queries = (unit_tokens(queries)[0] * (t * s * SIGMA)).to(v.dtype.element_ty)  # sigma q^
 
     numerator = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-    p_sum = tl.zeros([BLOCK_M], tl.float32)
+    # Four sums a row, one for each of the threads that share a row of an accumulator: they meet once, after the loop.
+    p_sums = tl.zeros([BLOCK_M, 4], tl.float32)
     value_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     for start_n in range(0, num_tokens, BLOCK_N):
         if PREPARED:
@@ -135,7 +136,7 @@ def forward(
         values = load_tokens(v_head, v_n, v_d, start_n, num_tokens, HEAD_DIM, WIDTH, BLOCK_N)
         x = product(queries, tl.trans(keys))  # (BLOCK_M, BLOCK_N)
         p = x * (beta * x + alpha)
-        p_sum += tl.sum(p, axis=1)
+        p_sums += tl.sum(tl.sum(tl.reshape(p, (BLOCK_M, BLOCK_N // 8, 4, 2)), axis=3), axis=1)
         numerator = product(p.to(values.dtype), values, numerator)
         if not PREPARED:
             value_sum += values.to(tl.float32)
@@ -144,7 +145,7 @@ def forward(
         mean = sum_of_parts(value_sums + head * num_parts * WIDTH, num_parts, WIDTH) / num_tokens
     else:
         mean = tl.sum(value_sum, axis=0) / num_tokens
-    mean_p = p_sum / num_tokens
+    mean_p = tl.sum(p_sums, axis=1) / num_tokens
     row_mean = mean_p + C / (s * s)  # z
     deviation = (numerator / num_tokens - mean_p[:, None] * mean[None, :]) / row_mean[:, None]
     y_head = y + (batch * num_tokens * num_heads + head % num_heads) * HEAD_DIM

@@ -97,7 +97,7 @@ def test_a_mask_is_the_attention_over_the_kept_tokens(kept: int, m: int) -> None
     mask[1, 1:] = True
     attend = partial(nystrom_attention, num_landmarks=m)
     y = attend(q, k, v, key_mask=mask)
-    junk = [x.masked_fill(~mask[:, None, :, None], 1e30) for x in (q, k, v)]
+    junk = [x.masked_fill(~mask[:, None, :, None], torch.inf) for x in (q, k, v)]
     for sample in range(2):
         some = mask[sample]
         wanted = attend(*(x[sample : sample + 1, :, some] for x in (q, k, v)))[0]

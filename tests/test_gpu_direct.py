@@ -202,6 +202,14 @@ def test_length_of_a_vision_transformer(variant: str) -> None:
     assert_equals_reference(*inputs((1, 1, 197, 32), torch.float32, temperature=2.0))
 
 
+def test_sums_in_more_parts_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """19 parts of the sum of the values, and of that of g; 16 are added at a time."""
+    small = {key: replace(launch, blocks=dict.fromkeys(launch.blocks, 16)) for key, launch in gpu_direct.TABLE.items()}
+    monkeypatch.setattr(gpu_direct, "TABLE", gpu_direct.TABLE | {key: x for key, x in small.items() if "prepare" in key[0]})
+    monkeypatch.setattr(gpu_direct, "MAX_FUSED_TOKENS", 0)
+    assert_equals_reference(*inputs((1, 1, 290, 8), torch.float32, temperature=2.0))
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "kernels_used"), [(197, ["forward"]), (512, ["forward"]), (513, ["prepare_keys", "forward"])]
 )

@@ -32,14 +32,14 @@ def _table() -> dict[tuple[str, int, int], Launch]:
     table = {}
     for width in WIDTHS:
         wide = width == 128
-        table["moments", width, 16] = Launch({"BLOCK_N": 64}, 8 if width >= 64 else 4, 2)
-        table["moments", width, 32] = Launch({"BLOCK_N": 32}, 8 if wide else 4, 1)
+        table["moments", width, 16] = Launch({"BLOCK_N": 16 if wide else 64}, 8 if width >= 64 else 4, 2)
+        table["moments", width, 32] = Launch({"BLOCK_N": 16}, 8 if width >= 64 else 4, 1)
         table["state", width, 16] = Launch({"BLOCK_N": 64, "LEFT": 16}, 8 if wide else 4, 3)
-        table["state", width, 32] = Launch({"BLOCK_N": 32, "LEFT": 8}, 8, 1)
-        table["apply", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 16}, 8, 2)
-        table["apply", width, 32] = Launch({"BLOCK_M": 64, "LEFT": 4}, 8 if wide else 4, 1)
-        table["apply_backward", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 16}, 8, 2)
-        table["apply_backward", width, 32] = Launch({"BLOCK_M": 64, "LEFT": 4}, 8 if wide else 4, 1)
+        table["state", width, 32] = Launch({"BLOCK_N": 32, "LEFT": 4 if wide else 8}, 8, 1)
+        table["apply", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 8 if wide else 16}, 8, 2)
+        table["apply", width, 32] = Launch({"BLOCK_M": 64, "LEFT": 4}, 8, 1)
+        table["apply_backward", width, 16] = Launch({"BLOCK_M": 64 if wide else 128, "LEFT": 8 if wide else 16}, 8, 2)
+        table["apply_backward", width, 32] = Launch({"BLOCK_M": 64, "LEFT": 4}, 8, 1)
         for bits in (16, 32):
             table["reduce", width, bits] = Launch({"BLOCK_ROWS": 64}, 4, 1)
             table["expand", width, bits] = Launch({}, 4, 1)

@@ -90,9 +90,9 @@ def test_sigma_learns_head_by_head() -> None:
 
 
 def test_a_wrong_denominator_is_bounded() -> None:
-    """One feature, whose cosine makes the kernel of the only key negative."""
+    """Two features alike, whose cosine makes the kernel of the only key -1."""
     x = torch.tensor([1.0, 0.0, 0.0, 0.0]).double().expand(1, 1, 1, 4)
-    W = torch.tensor([math.pi / 2, 0.0, 0.0, 0.0]).double().expand(1, 1, 4)
+    W = torch.tensor([math.pi / 2, 0.0, 0.0, 0.0]).double().expand(1, 2, 4)
     y = rfa_attention(x, -x, torch.ones_like(x), W)
     torch.testing.assert_close(y, torch.full_like(y, -1 / SMALLEST_MEAN))
 
@@ -122,6 +122,8 @@ def test_training_redraws_and_never_touches_the_buffer() -> None:
     assert torch.equal(fixed(x), fixed(x))
     assert not torch.equal(redrawn(x), redrawn(x))
     assert torch.equal(redrawn.directions, before)
+    twice = redrawn(x[:1].expand(2, -1, -1))
+    assert torch.equal(twice[0], twice[1])  # one draw for the batch
     assert torch.equal(redrawn.eval()(x), fixed.eval()(x))
 
 
@@ -140,8 +142,14 @@ def test_no_weight_decay_on_sigma() -> None:
     assert checks.build("rfa").sigma.ndim == 1
 
 
-def test_options_reach_the_module() -> None:
+def test_options_reach_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr("taylorvit.attention.rfa.rfa_attention", lambda q, k, v, W, key_mask: given.append(W) or v)
     attention = checks.build("rfa", num_features=7, redraw=False, seed=3)
+    with torch.no_grad():
+        attention.sigma.copy_(torch.arange(16))
+    attention(checks.tokens())
+    torch.testing.assert_close(given[0], attention.sigma.view(4, 1, 4) * attention.directions)
     assert attention.directions.shape == (4, 7, 4)
     assert "num_heads=4, num_features=7, redraw=False, seed=3" in repr(attention)
 

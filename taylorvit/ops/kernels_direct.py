@@ -8,6 +8,7 @@ For one head with unit vectors q^ and k^, let s = max(|tau|, 1), sigma = 2 a tau
 so one multiply-add and one product make a weight, and one multiply-add its derivative times a gradient. There is no maximum, no
 exponential and no rescaling. p(0) = 0: rows beyond the last token are zeros and need no mask. The constant c / s^2 is left out
 of the matrix product and added from the mean of the values in fp32, so that p alone is rounded to the dtype of the inputs.
+sigma q^ is rounded to it too: with fp16, a temperature beyond 65504 gives NaN.
 
 With z_i = c / s^2 + mean_j p_ij and vbar the mean of the values,
 
@@ -99,7 +100,7 @@ def prepare_keys(
     tl.store(sums + tl.arange(0, WIDTH), tl.sum(values.to(tl.float32), axis=0))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_parts"])
 def forward(
     q, k, v, temperature, value_sums, y, deviations, row_means, value_mean,
     q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, num_heads, num_tokens, num_parts, scale,
@@ -228,7 +229,7 @@ def backward_queries(
     tl.store(dtemperature + head * tl.num_programs(1) + tl.program_id(1), tl.sum(radial, axis=0) / s)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens", "num_parts"])
 def backward_keys(
     k, v, temperature, queries, keys, g, delta, g_sums, dk, dv,
     k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, num_heads, num_tokens, num_parts, factor,

@@ -26,7 +26,7 @@ from taylorvit.data.tables import StringTable
 from taylorvit.data.webdataset import IMAGE_SUFFIXES, build_shard_source, build_tar_source
 from taylorvit.suggest import nearest
 
-DATASETS = ["folder", "tar", "wds", "fashion_mnist", "digits", "torch/NAME", "hfds/NAME", "pixels/NAME"]
+DATASETS = ["folder", "tar", "wds", "fashion_mnist", "digits", "torch/NAME", "hfds/NAME", "pixels/NAME", "listops", "imdb"]
 TORCH_DATASETS = ["cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "inaturalist", "imagenet"]
 TORCH_EVAL_SPLITS = ["val", "valid", "validation", "eval", "evaluation", "test"]
 IMAGE_MODES = {1: "L", 3: "RGB"}

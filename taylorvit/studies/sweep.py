@@ -25,7 +25,7 @@ import torch
 
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
-from taylorvit.data import PIXELS, build_dataset, check_no_augment, check_num_classes, check_sequences, share_samples
+from taylorvit.data import build_dataset, check_no_augment, check_num_classes, check_sequences, holds_sequences, share_samples
 from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import evaluate_checkpoint
 from taylorvit.models import attention_forms, build_model
@@ -160,12 +160,12 @@ def check_data(config: Config) -> None:
     Raises:
         ValueError: a split cannot be opened, does not fit the model, or shares samples with another one.
     """
-    if config.data.dataset.startswith(PIXELS):
+    if holds_sequences(config.data.dataset):
         check_no_augment(config.augment)
     data, opened = config.data, {}
     for key in ("train_split", "val_split", "test_split"):
         if (split := getattr(data, key)) is not None:
-            dataset = build_dataset(data, split, in_chans=config.model.in_chans)
+            dataset = build_dataset(data, split, in_chans=config.model.in_chans, max_length=config.model.max_length)
             check_num_classes(dataset, config.model.num_classes)
             check_sequences(dataset, config.model)
             opened[key] = dataset

@@ -149,21 +149,22 @@ def test_the_state_does_not_grow() -> None:
 
 
 def test_the_memory_kept_for_the_backward_pass_is_linear() -> None:
-    def kept(N: int) -> int:
+    def kept(N: int, D: int = 4, chunk_size: int = 16) -> int:
         sizes: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
             sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
-        tensors = [x.requires_grad_() for x in inputs(1, 1, N, 4)]
+        tensors = [x.requires_grad_() for x in inputs(1, 1, N, D)]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            result = causal_attention(*tensors, chunk_size=16)
+            result = causal_attention(*tensors, chunk_size=chunk_size)
         del result
         return sum(sizes.values())
 
     assert kept(1024) < 2.2 * kept(512)
     assert kept(1024) < 1024**2 * 8 / 4  # a quarter of one N x N matrix
+    assert kept(128, 32, 64) < 128 * num_features(32) * 8  # no features either
 
 
 def test_no_tokens_give_an_empty_output() -> None:
@@ -258,6 +259,23 @@ def test_module_under_autocast_is_finite_and_near(kind: str) -> None:
     assert y.dtype == torch.bfloat16
     for result in (y, torch.cat([first, rest], dim=1)):
         assert relative_error(result.float(), attention(x)) < 0.02
+
+
+@pytest.mark.parametrize("kind", ["taylorshift", "linear"])
+def test_autocast_rounds_the_inputs_and_nothing_inside(kind: str) -> None:
+    attention = build(kind, torch.float32)
+    q, k, v = (x.float() for x in inputs(1, 3, 9, 4)[:3])
+
+    def run(*given: Tensor) -> list[Tensor]:
+        first, state = attention._prefill(*(x[..., :8, :] for x in given), 9)
+        return [attention._attend(*given), first, attention._step(*(x[..., 8:, :] for x in given), state), state.sums]
+
+    with torch.no_grad():
+        plain = run(q.bfloat16(), k.bfloat16(), v.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = run(q, k, v)
+    assert [x.dtype for x in cast] == [torch.bfloat16] * 3 + [torch.float32]
+    assert all(map(torch.equal, plain, cast))
 
 
 @each_kind

@@ -71,7 +71,7 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend every token to itself and the ones before it, with gradients."""
-        return self._merge(self._attend(*self._split(x)))
+        return self.merge_heads(self._attend(*self.split_heads(x)))
 
     @torch.no_grad()
     def prefill(self, x: Tensor, *, max_length: int) -> tuple[Tensor, State]:
@@ -82,8 +82,8 @@ class CausalAttention(nn.Module):
         """
         if max_length < x.shape[1]:
             raise ValueError(f"max_length must be at least {x.shape[1]}, got {max_length}")
-        y, state = self._prefill(*self._split(x), max_length)
-        return self._merge(y), state
+        y, state = self._prefill(*self.split_heads(x), max_length)
+        return self.merge_heads(y), state
 
     @torch.no_grad()
     def step(self, x: Tensor, state: Any) -> Tensor:
@@ -92,15 +92,17 @@ class CausalAttention(nn.Module):
         Raises:
             ValueError: the cache is full, or the state is one of other shapes.
         """
-        return self._merge(self._step(*self._split(x[:, None]), state))[:, 0]
+        return self.merge_heads(self._step(*self.split_heads(x[:, None]), state))[:, 0]
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k, v, (B, H, N, D) each, of x (B, N, C)."""
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)  # (3, B, H, N, D)
         return qkv[0], qkv[1], qkv[2]
 
-    def _merge(self, y: Tensor) -> Tensor:
-        return self.proj(y.transpose(1, 2).flatten(2))  # (B, H, N, D) -> (B, N, C)
+    def merge_heads(self, y: Tensor) -> Tensor:
+        """Join the heads' outputs (B, H, N, D) and project them, (B, N, C)."""
+        return self.proj(y.transpose(1, 2).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Compute the attention (B, H, N, D) of q, k, v (B, H, N, D)."""

@@ -1,0 +1,182 @@
+"""The comparison as a page: ours beside what is published and marked so, the costs, and what keeps figures apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from taylorvit.benchmark.memory import RESOLUTION
+from taylorvit.provenance import provenance
+from taylorvit.studies.comparison import reference_lines, summarise_systems
+from taylorvit.studies.published import CAVEATS, SOURCE, SYSTEMS, TASKS, published
+from taylorvit.studies.results import markdown_table, mean_and_spread
+
+MEBI = 2**20
+MEASURED = ("samples_per_second", "seconds", "seconds_low", "seconds_high", "speedup", "peak_bytes", "weight_bytes", "note")
+PUBLISHED = "Published: single runs of others, no deviation given, nothing of it measured here"
+
+Trained = Mapping[str, Sequence[Mapping[str, Any]]]
+Costs = Mapping[tuple[str, str], Mapping[str, Any]]
+
+
+def table_rows(trained: Trained, costs: Costs) -> list[dict[str, Any]]:
+    """Return a row for every system on every task of which there is anything, in the order of the paper.
+
+    A row holds `published_top1` and `published_full_precision` (None where there is no figure), mean and deviation of our
+    seeds, parameters, FLOPs of a forward pass, and for each pass the measured figures.
+
+    Args:
+        trained: results of `comparison.read_results` by task.
+        costs: of `comparison.read_costs`.
+    """
+    own = {(row["task"], row["system"]): row for results in trained.values() for row in summarise_systems(results)}
+    passes = {(task, row["candidate"], name): row for (task, name), found in costs.items() for row in found["rows"]}
+    rows = []
+    for task in tasks_of(trained, costs):
+        for system in SYSTEMS:
+            measured = {name: passes[key] for name in ("inference", "training") if (key := (task, system, name)) in passes}
+            if (task, system) in own or measured:
+                rows.append(_row(task, system, own.get((task, system)), measured))
+    return rows
+
+
+def tasks_of(trained: Trained, costs: Costs) -> list[str]:
+    """Return the tasks by name, those of the paper first."""
+    found = {*trained, *(task for task, _ in costs)}
+    return [*(task for task in TASKS if task in found), *sorted(found - set(TASKS))]
+
+
+def _row(task: str, system: str, own: Mapping[str, Any] | None, measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    printed = published(system, task)
+    row: dict[str, Any] = {"task": task, "system": system}
+    row |= {"published_top1": printed and printed.top1, "published_full_precision": printed and printed.full_precision}
+    row |= {key: value for key, value in (own or {}).items() if key not in row}
+    for name, found in measured.items():
+        row |= {"parameters": found["parameters"], "flops_per_sample": found["flops_per_sample"]}
+        row |= {f"{name}_status": found["status"], f"{name}_batch_size": found["batch_size"]}
+        row |= {f"{name}_{key}": found[key] for key in MEASURED}
+    return row
+
+
+def header(trained: Trained, costs: Costs) -> dict[str, Any]:
+    """Return what the JSON file holds beside the rows: sources, caveats, reference lines, budgets and settings."""
+    return {
+        "provenance": provenance(),
+        "published": {"source": SOURCE, "note": PUBLISHED, "caveats": [caveat.text for caveat in CAVEATS]},
+        "reference_lines": {task: reference_lines(results[0]["config"]) for task, results in trained.items()},
+        "budgets": {task: budget(results) for task, results in trained.items()},
+        "measuring": {f"{task}_{name}": found["measuring"] for (task, name), found in costs.items()},
+    }
+
+
+def budget(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of a task's trainings that say how much each was given."""
+    config = results[0]["config"]
+    return {
+        "epochs": config["schedule"]["epochs"],
+        "train_split": config["data"]["train_split"],
+        "batch": config["train"]["global_batch_size"],
+        "optimizer": config["optim"]["name"],
+        "lr": config["optim"]["lr"],
+        "precision": config["train"]["mixed_precision"],
+        "commits": sorted({str(result["commit"])[:7] for result in results}),
+    }
+
+
+def report(rows: Sequence[Mapping[str, Any]], trained: Trained, costs: Costs) -> str:
+    """Return the page: accuracies, a task each, then costs, a task each, then the caveats."""
+    parts = [f"`{provenance()['command']}`"]
+    for task, results in trained.items():
+        parts += [f"## {TASKS.get(task, task)}: accuracy", _given(results), _accuracies(_of(rows, task), task)]
+        if lines := reference_lines(results[0]["config"]):
+            known = ", ".join(f"{name} {value:.1f} %" for name, value in lines.items())
+            parts.append(f"Without looking inside the expressions, on the same test samples: {known}.")
+    for task in tasks_of({}, costs):
+        parts += [f"## {TASKS.get(task, task)}: cost", _measured(task, costs), _costs(_of(rows, task))]
+    notes = [caveat for caveat in CAVEATS if any(caveat.holds_for(row["system"], row["task"]) for row in rows)]
+    if any(row["published_top1"] for row in rows):
+        parts += [f"{PUBLISHED} ({SOURCE}; * had to be trained in full precision, - not given).", _list(notes)]
+    return "\n\n".join(filter(None, parts))
+
+
+def _of(rows: Sequence[Mapping[str, Any]], task: str) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["task"] == task]
+
+
+def _given(results: Sequence[Mapping[str, Any]]) -> str:
+    given = budget(results)
+    return (
+        f"Budget of every training: {given['epochs']} epoch(s) of `{given['train_split']}`, batch {given['batch']}, "
+        f"{given['optimizer']} at {given['lr']:g}, precision {given['precision']}; commit {', '.join(given['commits'])}. "
+        "Mean and sample deviation of the seeds; the checkpoint was chosen on the validation split."
+    )
+
+
+def _accuracies(rows: Sequence[Mapping[str, Any]], task: str) -> str:
+    head = [
+        "system",
+        *(["published [%]"] if task in TASKS else []),
+        "ours: test top-1 [%]",
+        "validation [%]",
+        "seeds",
+        "diverged",
+    ]
+    lines = []
+    for row in rows:
+        printed = [str(published(row["system"], task) or "-")] if task in TASKS else []
+        if row.get("seeds"):
+            own = [mean_and_spread(row, "test_top1"), mean_and_spread(row, "val_top1"), str(row["seeds"]), str(row["diverged"])]
+        else:
+            own = ["not yet measured", "-", "0", "-"]
+        lines.append([_name(row, task), *printed, *own])
+    return markdown_table([*head, "parameters"], [[*line, f"{row['parameters']:,}"] for line, row in zip(lines, rows)])
+
+
+def _name(row: Mapping[str, Any], task: str) -> str:
+    """Return the system with the numbers of the caveats that hold for its published figure."""
+    name = SYSTEMS[row["system"]]
+    if published(row["system"], task) is None:
+        return name
+    numbers = [str(number) for number, caveat in enumerate(CAVEATS, 1) if caveat.holds_for(row["system"], task)]
+    return f"{name} [{', '.join(numbers)}]" if numbers else name
+
+
+def _list(caveats: Sequence[Any]) -> str:
+    return "\n".join(f"- [{CAVEATS.index(caveat) + 1}] {caveat.text}" for caveat in caveats)
+
+
+def _measured(task: str, costs: Costs) -> str:
+    found = [content for (name, _), content in costs.items() if name == task]
+    how, row = found[0]["measuring"], found[0]["rows"][0]
+    place = f"{how['device']}, {how['threads']} thread(s)" if how["device"] == "cpu" else how["device"]
+    tokens = next((row["num_tokens"] for row in found[0]["rows"] if row["num_tokens"]), None)
+    shape = f"N = {tokens}, " if tokens else ""
+    commit = str((found[0]["provenance"]["git"] or {}).get("commit"))[:7]
+    return (
+        f"{shape}batch {row['batch_size']}, {place}, precision {how['precision']}, random inputs; commit "
+        f"{commit}. GFLOP: matrix products of one sample's forward pass. x: samples/s over softmax's, "
+        "the median of the rounds. MiB: what a pass needs at its peak beyond the weights."
+    )
+
+
+def _costs(rows: Sequence[Mapping[str, Any]]) -> str:
+    names = [name for name in ("inference", "training") if any(f"{name}_status" in row for row in rows)]
+    head = ["system", "parameters", "GFLOP"]
+    head += [f"{name}: {what}" for name in names for what in ("samples/s", "x", "MiB")]
+    lines = []
+    for row in rows:
+        if not any(f"{name}_status" in row for name in names):
+            continue
+        line = [SYSTEMS[row["system"]], f"{row['parameters']:,}", f"{row['flops_per_sample'] / 1e9:.3g}"]
+        for name in names:
+            line += _figures(row, name)
+        lines.append(line)
+    return markdown_table(head, lines)
+
+
+def _figures(row: Mapping[str, Any], name: str) -> list[str]:
+    if row.get(f"{name}_status") != "ok":
+        return [row.get(f"{name}_status", "-"), "-", "-"]
+    speedup, peak = row[f"{name}_speedup"], row[f"{name}_peak_bytes"]
+    memory = "-" if peak is None else f"{peak / MEBI:.4g}" if peak >= RESOLUTION else f"< {RESOLUTION / MEBI}"
+    return [f"{row[f'{name}_samples_per_second']:.4g}", "-" if speedup is None else f"{speedup:.2f}", memory]

@@ -130,6 +130,12 @@ def check_compiles(name: str, **options: Any) -> None:
     assert all(parameter.grad.isfinite().all() for parameter in attention.parameters())
 
 
+def check_a_traced_graph_draws(name: str, **options: Any) -> None:
+    """Traced in training, what is random stays so: no draw of the tracing becomes a constant of the graph."""
+    traced = torch.fx.symbolic_trace(build(name, **options).train())
+    assert not torch.equal(traced(tokens()), traced(tokens()))
+
+
 def vit(name: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "num_heads": 4, "depth": 2, "num_classes": 5, "init_values": 0.0}

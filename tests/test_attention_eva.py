@@ -204,6 +204,10 @@ def test_compiles() -> None:
     checks.check_compiles("eva", num_landmarks=3)
 
 
+def test_a_traced_graph_draws() -> None:
+    checks.check_a_traced_graph_draws("eva", num_landmarks=3)
+
+
 def test_vision_transformer() -> None:
     checks.check_vision_transformer("eva", num_landmarks=3)
 

@@ -15,7 +15,7 @@ from taylorvit.attention.performer import draw_projection, performer_attention
 
 
 def vectors(m: int, H: int = 2, D: int = 4, seed: int = 0) -> Tensor:
-    return draw_projection(torch.empty(H, m, D, dtype=torch.float64), torch.Generator().manual_seed(seed))
+    return draw_projection(torch.empty(H, 1, D, dtype=torch.float64), m, torch.Generator().manual_seed(seed))
 
 
 def estimate(q: Tensor, k: Tensor, v: Tensor, m: int = 32, eps: float = 1e-4, key_mask: Tensor | None = None) -> Tensor:
@@ -189,6 +189,10 @@ def test_copies() -> None:
 @pytest.mark.parametrize("redraw", [False, True])
 def test_compiles(redraw: bool) -> None:
     checks.check_compiles("performer", redraw=redraw)
+
+
+def test_a_traced_graph_draws() -> None:
+    checks.check_a_traced_graph_draws("performer", redraw=True)
 
 
 @pytest.mark.parametrize("redraw", [False, True])

@@ -202,6 +202,10 @@ def test_compiles() -> None:
     checks.check_compiles("reformer", bucket_size=3)
 
 
+def test_a_traced_graph_draws() -> None:
+    checks.check_a_traced_graph_draws("reformer", bucket_size=2, num_hashes=1)
+
+
 def test_vision_transformer() -> None:
     checks.check_vision_transformer("reformer", bucket_size=4)
 

@@ -199,6 +199,10 @@ def test_compiles() -> None:
     checks.check_compiles("rfa")
 
 
+def test_a_traced_graph_draws() -> None:
+    checks.check_a_traced_graph_draws("rfa")
+
+
 def test_vision_transformer() -> None:
     checks.check_vision_transformer("rfa")
 

@@ -68,11 +68,11 @@ class Performer(MultiHeadAttention):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the buffer; timm calls this after it has materialised a model made on `meta`."""
-        on_cpu = torch.empty(self.projection.shape, device="cpu", dtype=torch.float64)
-        self.projection.copy_(draw_projection(on_cpu, torch.Generator().manual_seed(self.seed)))
+        on_cpu = torch.empty(self.num_heads, 1, self.head_dim, device="cpu", dtype=torch.float64)
+        self.projection.copy_(draw_projection(on_cpu, self.num_features, torch.Generator().manual_seed(self.seed)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        projection = draw_projection(self.projection) if self.redraw and self.training else self.projection
+        projection = draw_projection(q, self.num_features) if self.redraw and self.training else self.projection
         return performer_attention(q, k, v, projection, eps=self.eps, key_mask=key_mask)
 
     def extra_repr(self) -> str:
@@ -119,19 +119,20 @@ def _features(x: Tensor, projection: Tensor, eps: float, over: tuple[int, ...], 
     return phi if keep is None else phi.masked_fill(~keep, 0.0)
 
 
-def draw_projection(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw m vectors per head, (H, m, D) as `like`, from the generator given or else PyTorch's global one.
+def draw_projection(like: Tensor, num_features: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw m vectors per head for tokens (..., H, N, D): (H, m, D) in fp32 (fp64 for fp64 tokens).
 
-    Up to D of them at a time are orthogonal, which lowers the variance; each has the length of a vector of D normal numbers, so
-    that each by itself is N(0, 1).
+    They come from the generator given, or else from PyTorch's global one. Up to D of them at a time are orthogonal, which
+    lowers the variance; each has the length of a vector of D normal numbers, so that each by itself is N(0, 1).
     """
-    H, m, D = like.shape
-    blocks = -(-m // D)
-    kind: dict[str, Any] = {"generator": generator, "device": like.device, "dtype": like.dtype}
+    H, _, D = like.shape[-3:]
+    blocks = -(-num_features // D)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    kind: dict[str, Any] = {"generator": generator, "device": like.device, "dtype": dtype}
     q, r = torch.linalg.qr(torch.randn(H, blocks, D, D, **kind))
     q = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # QR prefers one sign: without this half of the directions lack
-    length = torch.randn(H, m, D, **kind).norm(dim=-1, keepdim=True)
-    return length * q.mT.flatten(1, 2)[:, :m]
+    length = torch.randn(H, num_features, D, **kind).norm(dim=-1, keepdim=True)
+    return length * q.mT.flatten(1, 2)[:, :num_features]
 
 
 # They look at values and shapes that FX tracing does not know: single nodes of a traced graph.

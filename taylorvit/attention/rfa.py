@@ -64,11 +64,11 @@ class RFA(MultiHeadAttention):
     def reset_parameters(self) -> None:
         """Set sigma to 1 and draw the buffer; timm calls this after it has materialised a model made on `meta`."""
         nn.init.ones_(self.sigma)
-        generator = torch.Generator().manual_seed(self.seed)
-        self.directions.copy_(torch.randn(self.directions.shape, generator=generator, device="cpu", dtype=torch.float64))
+        on_cpu = torch.empty(self.num_heads, 1, self.head_dim, device="cpu", dtype=torch.float64)
+        self.directions.copy_(draw_directions(on_cpu, self.num_features, torch.Generator().manual_seed(self.seed)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        directions = torch.randn_like(self.directions) if self.redraw and self.training else self.directions
+        directions = draw_directions(q, self.num_features) if self.redraw and self.training else self.directions
         sigma = self.sigma.view(self.num_heads, 1, self.head_dim)
         return rfa_attention(q, k, v, sigma * directions, key_mask=key_mask)
 
@@ -111,4 +111,16 @@ def _features(x: Tensor, projection: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1) * projection.shape[-2] ** -0.5
 
 
-torch.fx.wrap("rfa_attention")  # looks at values and shapes that FX tracing does not know: a single node of a traced graph
+def draw_directions(like: Tensor, num_features: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw m normal vectors per head for tokens (..., H, N, D): (H, m, D) in fp32 (fp64 for fp64 tokens).
+
+    They come from the generator given, or else from PyTorch's global one.
+    """
+    H, _, D = like.shape[-3:]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return torch.randn(H, num_features, D, generator=generator, device=like.device, dtype=dtype)
+
+
+# They look at values and shapes that FX tracing does not know: single nodes of a traced graph.
+torch.fx.wrap("rfa_attention")
+torch.fx.wrap("draw_directions")

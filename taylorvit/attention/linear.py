@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from taylorvit.attention.multi_head import MultiHeadAttention
+from taylorvit.ops import without_autocast
 from taylorvit.ops.reference import widened
-from taylorvit.ops.taylor_attention import without_autocast
 
 EPS = 1e-6  # of the authors' code, pytorch-fast-transformers; their paper has none
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from taylorvit.attention.multi_head import MultiHeadAttention
 from taylorvit.attention.option_checks import check_switch, check_whole_number
+from taylorvit.ops import without_autocast
 from taylorvit.ops.reference import widened
-from taylorvit.ops.taylor_attention import without_autocast
 
 
 def check_options(*, k: int = 256, share_kv: bool = False) -> None:

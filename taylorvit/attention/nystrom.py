@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from taylorvit.attention.linformer import draw_uniform
 from taylorvit.attention.multi_head import MultiHeadAttention
 from taylorvit.attention.option_checks import check_whole_number
+from taylorvit.ops import without_autocast
 from taylorvit.ops.reference import widened
-from taylorvit.ops.taylor_attention import without_autocast
 
 
 def check_options(*, num_landmarks: int = 64, pinv_iterations: int = 6, conv_kernel_size: int | None = None) -> None:

@@ -31,8 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from ..complexity import Packing, entries_direct, entries_efficient, ops_direct, ops_efficient
-from ..ops import DEVICE_TYPES, IMPLEMENTATIONS, reference, resolve_form, resolve_impl, taylor_attention
-from ..ops.taylor_attention import obstacle as impl_obstacle
+from ..ops import DEVICE_TYPES, IMPLEMENTATIONS, obstacle, reference, resolve_form, resolve_impl, taylor_attention
 from . import paper
 from .case import DTYPES, Attention, Case, Truth
 from .limits import Form
@@ -107,7 +106,7 @@ class Peer:
         if self.name == "flex" and case.device == "cuda" and case.head_dim < FLEX_HEAD_DIM:
             return f"FlexAttention needs head dimensions from {FLEX_HEAD_DIM} on"
         if self.impl:
-            return impl_obstacle(self.impl, case.device, DTYPES[case.dtype], case.head_dim)
+            return obstacle(self.impl, case.device, DTYPES[case.dtype], case.head_dim)
         return _sdpa_obstacle(self, case) if self.backend else None
 
     def resolve(self, case: Case) -> Peer:

@@ -7,11 +7,13 @@ from .taylor_attention import (
     IMPLEMENTATIONS,
     check_form,
     check_impl,
+    obstacle,
     resolve_form,
     resolve_impl,
     taylor_attention,
     taylor_attention_weights,
     wants_gradient,
+    without_autocast,
 )
 
 __all__ = [
@@ -21,9 +23,11 @@ __all__ = [
     "IMPLEMENTATIONS",
     "check_form",
     "check_impl",
+    "obstacle",
     "resolve_form",
     "resolve_impl",
     "taylor_attention",
     "taylor_attention_weights",
     "wants_gradient",
+    "without_autocast",
 ]

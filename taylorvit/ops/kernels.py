@@ -18,7 +18,6 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import reference
 
@@ -40,7 +39,7 @@ class Launch:
     num_stages: int
 
 
-def launch(kernel: Any, grid: Sequence[int], *arguments: Tensor | int | float, config: Launch, **constexprs: Any) -> None:
+def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Launch, **constexprs: Any) -> None:
     """Run a kernel. All launches go through here, as `kernels.launch`, so that a program can compile them without a GPU."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     kernel[tuple(grid)](*arguments, **constexprs, **config.blocks, **options)

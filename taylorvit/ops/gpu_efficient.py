@@ -36,10 +36,11 @@ def _table() -> dict[tuple[str, int, int], Launch]:
         table["moments", width, 32] = Launch({"BLOCK_N": 16}, 8 if width >= 64 else 4, 1)
         table["state", width, 16] = Launch({"BLOCK_N": 64, "LEFT": 16}, 8 if wide else 4, 3)
         table["state", width, 32] = Launch({"BLOCK_N": 32, "LEFT": 4 if wide else 8}, 8, 1)
-        table["apply", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 8 if wide else 16}, 8, 2)
-        table["apply", width, 32] = Launch({"BLOCK_M": 64, "LEFT": 4}, 8, 1)
-        table["apply_backward", width, 16] = Launch({"BLOCK_M": 64 if wide else 128, "LEFT": 8 if wide else 16}, 8, 2)
-        table["apply_backward", width, 32] = Launch({"BLOCK_M": 64, "LEFT": 4}, 8, 1)
+        half, single = {"LEFT": 8 if wide else 16, "STEP": min(width, 64)}, {"LEFT": 4, "STEP": 16}
+        table["apply", width, 16] = Launch({"BLOCK_M": 128} | half, 8, 2)
+        table["apply", width, 32] = Launch({"BLOCK_M": 32 if wide else 64} | single, 8, 1)
+        table["apply_backward", width, 16] = Launch({"BLOCK_M": 64 if wide else 128} | half, 8, 2)
+        table["apply_backward", width, 32] = Launch({"BLOCK_M": 32 if wide else 64} | single, 8, 1)
         for bits in (16, 32):
             table["reduce", width, bits] = Launch({"BLOCK_ROWS": 64}, 4, 1)
             table["expand", width, bits] = Launch({}, 4, 1)
@@ -119,7 +120,7 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     kernels.launch(
         kernels_efficient.moments,
         (heads * splits,),
-        *(x, w, units, sums, *others, *x.stride(), *w.stride(), num_heads, num_tokens, splits, split_tokens, padded_tokens),
+        *(x, w, units, sums, *others, x.stride(), w.stride(), num_heads, num_tokens, splits, split_tokens, padded_tokens),
         config=launch,
         BACKWARD=bool(backward),
         **sizes,
@@ -131,7 +132,7 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     kernels.launch(
         kernels_efficient.state,
         (heads * state_splits * blocks,),
-        *(units, w, sums, partials, *w.stride(), num_heads, num_tokens, splits, state_splits, split_tokens, padded_tokens),
+        *(units, w, sums, partials, w.stride(), num_heads, num_tokens, splits, state_splits, split_tokens, padded_tokens),
         config=state_launch,
         CENTRED=not backward,
         **sizes,
@@ -165,7 +166,7 @@ def _apply(
     kernels.launch(
         kernels_efficient.apply,
         (batch * num_heads * triton.cdiv(num_tokens, launch.blocks["BLOCK_M"]),),
-        *(x, state, means, temperature, y, deviations, row_means, *x.stride(), *y.stride(), num_heads, num_tokens),
+        *(x, state, means, temperature, y, deviations, row_means, x.stride(), y.stride(), num_heads, num_tokens),
         math.sqrt(num_tokens / head_dim),
         config=launch,
         SCALE=_scale(_width(x)),
@@ -199,7 +200,7 @@ def _apply_backward(
         kernels_efficient.apply_backward,
         (heads * blocks,),
         *(x, w, delta, expanded, state, means, centres, temperature, dx, dtemperature),
-        *(*x.stride(), *w.stride(), *dx.stride(), num_heads, num_tokens, math.sqrt(num_tokens / head_dim)),
+        *(x.stride(), w.stride(), dx.stride(), num_heads, num_tokens, math.sqrt(num_tokens / head_dim)),
         config=launch,
         SCALE=_scale(width),
         KEYS=KEYS,

@@ -31,27 +31,44 @@ SUM, CENTRE, OFFSET, NUM_VECTORS = (tl.constexpr(i) for i in range(4))
 
 
 @triton.jit
-def of_head(pointer, head, num_heads, stride_b, stride_h):
+def of_head(pointer, head, num_heads, strides):
     """Return the start of a head, counted through the batch, of a tensor (B, H, N, D)."""
-    return pointer + (head // num_heads).to(tl.int64) * stride_b + (head % num_heads).to(tl.int64) * stride_h
+    return pointer + (head // num_heads).to(tl.int64) * strides[0] + (head % num_heads).to(tl.int64) * strides[1]
 
 
 @triton.jit
-def load_tokens(pointer, tokens, columns, num_tokens, stride_n, stride_d, HEAD_DIM: tl.constexpr, LAST: tl.constexpr = False):
-    """Return (tokens, columns) of a head in its dtype, 0 beyond its end.
-
-    LAST: they are not needed again. It also tells the compiler not to hold in registers what was loaded before.
-    """
+def load_tokens(pointer, tokens, columns, num_tokens, strides, HEAD_DIM: tl.constexpr):
+    """Return (tokens, columns) of a head in its dtype, 0 beyond its end."""
     inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
-    addresses = pointer + tokens.to(tl.int64)[:, None] * stride_n + columns[None, :] * stride_d
-    return tl.load(addresses, mask=inside, other=0.0, eviction_policy="evict_first" if LAST else "")
+    addresses = pointer + tokens.to(tl.int64)[:, None] * strides[2] + columns[None, :] * strides[3]
+    return tl.load(addresses, mask=inside, other=0.0)
 
 
 @triton.jit
-def square(pointer, WIDTH: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Load a matrix (WIDTH, WIDTH)."""
-    rows, columns = tl.arange(0, WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
-    return tl.load(pointer + (columns * WIDTH + rows if TRANSPOSED else rows * WIDTH + columns))
+def load_scaled(pointer, factor, centres, tokens, columns, num_tokens, strides, HEAD_DIM: tl.constexpr, CENTRED: tl.constexpr):
+    """Return (tokens, columns) of a head, CENTRED: less a vector, times a factor (tokens,) fp32, in its dtype."""
+    rows = load_tokens(pointer, tokens, columns, num_tokens, strides, HEAD_DIM)
+    if CENTRED:
+        rows = rows - tl.load(centres + columns).to(rows.dtype)[None, :]
+    return (rows.to(tl.float32) * factor[:, None]).to(rows.dtype)
+
+
+@triton.jit
+def add_product(
+    total, pointer, factor, centres, weight, matrix, tokens, num_tokens, strides,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, CENTRED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Add to total (tokens, WIDTH) what `load_scaled` gives, times weight (tokens,) if not None, by a matrix (WIDTH, WIDTH)."""
+    columns = tl.arange(0, WIDTH)[None, :]
+    for start in range(0, WIDTH, STEP):
+        inner = start + tl.arange(0, STEP)
+        rows = load_scaled(pointer, factor, centres, tokens, inner, num_tokens, strides, HEAD_DIM, CENTRED)
+        if weight is not None:
+            rows = rows.to(tl.float32) * weight[:, None]
+        part = tl.load(matrix + (columns * WIDTH + inner[:, None] if TRANSPOSED else inner[:, None] * WIDTH + columns))
+        total = tl.dot(rows.to(part.dtype), part, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -72,35 +89,11 @@ def power_of_two(x):
 
 @triton.jit
 def moments(
-    x,
-    w,
-    units,
-    partials,
-    row_means,
-    deviations,
-    means,
-    g,
-    delta,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    x_stride_d,
-    w_stride_b,
-    w_stride_h,
-    w_stride_n,
-    w_stride_d,
-    num_heads,
-    num_tokens,
-    num_splits,
-    tokens_per_split,
-    padded_tokens,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, w, units, partials, row_means, deviations, means, g, delta, x_strides, w_strides, num_heads, num_tokens, num_splits,
+    tokens_per_split, padded_tokens,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     """Write the unit vectors x^, and for every split the sums of x^ w^T, omega x^ x^T, omega x^ and w, fp32.
 
     Forward: x = k, w = v, omega = 1. Backward: x = q, w = g = dy / z, omega = delta = g . (y / scale - m); both are written.
@@ -109,7 +102,7 @@ def moments(
     """
     program = tl.program_id(0)
     head = (program // num_splits).to(tl.int64)
-    x, w = of_head(x, head, num_heads, x_stride_b, x_stride_h), of_head(w, head, num_heads, w_stride_b, w_stride_h)
+    x, w = of_head(x, head, num_heads, x_strides), of_head(w, head, num_heads, w_strides)
     columns = tl.arange(0, WIDTH)
     linear = tl.zeros([WIDTH, WIDTH], tl.float32)
     gram = tl.zeros([WIDTH, WIDTH], tl.float32)
@@ -121,8 +114,8 @@ def moments(
     for start in range(first, tl.minimum(first + tokens_per_split, padded_tokens), BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         inside = tokens < num_tokens
-        rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
-        other = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
+        rows = load_tokens(x, tokens, columns, num_tokens, x_strides, HEAD_DIM)  # (BLOCK_N, WIDTH)
+        other = load_tokens(w, tokens, columns, num_tokens, w_strides, HEAD_DIM)  # (BLOCK_N, WIDTH)
         factor = 1.0 / lengths(rows.to(tl.float32))
         unit = (rows.to(tl.float32) * factor[:, None]).to(rows.dtype)
         transposed = columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :]
@@ -174,28 +167,11 @@ def mean_value(partials, num_splits, num_tokens, WIDTH: tl.constexpr):
 
 @triton.jit
 def state(
-    units,
-    w,
-    moment_partials,
-    partials,
-    w_stride_b,
-    w_stride_h,
-    w_stride_n,
-    w_stride_d,
-    num_heads,
-    num_tokens,
-    num_moment_splits,
-    num_splits,
-    tokens_per_split,
+    units, w, moment_partials, partials, w_strides, num_heads, num_tokens, num_moment_splits, num_splits, tokens_per_split,
     padded_tokens,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    CENTRED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LEFT: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, CENTRED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, LEFT: tl.constexpr,
+):  # fmt: skip
     """Write the sums of features(x^) w^T of a split, fp32; CENTRED: of w less its mean m, which is rounded to its dtype.
 
     A program has LEFT columns of a pair's first tile, so 16 LEFT features, on the M side of its product.
@@ -210,7 +186,7 @@ def state(
     second_columns = n * TILE + tl.arange(0, TILE)
     columns = tl.arange(0, WIDTH)
     units += head * TILES * TILE * padded_tokens
-    w = of_head(w, head, num_heads, w_stride_b, w_stride_h)
+    w = of_head(w, head, num_heads, w_strides)
     if CENTRED:
         moment_partials += head * num_moment_splits * (2 * WIDTH + 2) * WIDTH
         centre = mean_value(moment_partials, num_moment_splits, num_tokens, WIDTH).to(w.dtype.element_ty)
@@ -220,7 +196,7 @@ def state(
         tokens = start + tl.arange(0, BLOCK_N)
         left = tl.load(units + first_columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :])  # (LEFT, BLOCK_N)
         right = tl.load(units + second_columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :])  # (16, BLOCK_N)
-        values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)  # (BLOCK_N, WIDTH)
+        values = load_tokens(w, tokens, columns, num_tokens, w_strides, HEAD_DIM)  # (BLOCK_N, WIDTH)
         features = tl.reshape(left[:, None, :] * right[None, :, :], [LEFT * TILE, BLOCK_N])
         if CENTRED:
             values = values - centre[None, :]  # beyond the last token features are 0
@@ -232,19 +208,9 @@ def state(
 
 @triton.jit
 def reduce(
-    partials,
-    moment_partials,
-    states,
-    means,
-    num_tokens,
-    num_splits,
-    num_moment_splits,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    SCALE: tl.constexpr,
-    CENTRED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    partials, moment_partials, states, means, num_tokens, num_splits, num_moment_splits,
+    WIDTH: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, CENTRED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     """Sum the splits, in their order, into the states and the means of the moments.
 
     states: (heads, pairs * 256 + WIDTH, WIDTH) in the inputs' dtype: SCALE / N times the state, with pairs of different tiles
@@ -289,34 +255,10 @@ def reduce(
 
 @triton.jit
 def apply(
-    x,
-    states,
-    means,
-    temperature,
-    y,
-    deviations,
-    row_means,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    x_stride_d,
-    y_stride_b,
-    y_stride_h,
-    y_stride_n,
-    y_stride_d,
-    num_heads,
-    num_tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    SCALE: tl.constexpr,
-    FORWARD: tl.constexpr,
-    TRAINING: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    LEFT: tl.constexpr,
-):
+    x, states, means, temperature, y, deviations, row_means, x_strides, y_strides, num_heads, num_tokens, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, FORWARD: tl.constexpr,
+    TRAINING: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, LEFT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Multiply features(x^) with a state. FORWARD: write y and, TRAINING, its deviations and row means. Else: write dv.
 
     Forward: x = q, the state of k and v. Backward: x = k, the state of q and g. Grid: (heads * blocks of tokens,).
@@ -326,38 +268,41 @@ def apply(
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
     tokens = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, WIDTH)
-    x = of_head(x, head, num_heads, x_stride_b, x_stride_h)
+    x = of_head(x, head, num_heads, x_strides)
     states += head * (num_rows + WIDTH) * WIDTH
     means += head * (WIDTH + NUM_VECTORS) * WIDTH
     t, s = bounded_temperature(temperature, head % num_heads)
     dtype = states.dtype.element_ty
 
-    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM).to(tl.float32)
+    rows = load_tokens(x, tokens, columns, num_tokens, x_strides, HEAD_DIM).to(tl.float32)
     factor = 1.0 / lengths(rows)
-    unit = (rows * factor[:, None]).to(dtype)
     slope, constant = t * (B / s), C / (s * s)
-    if FORWARD:
-        precise = unit.to(tl.float32)
-        weights = tl.dot(precise, square(means, WIDTH, True), input_precision=PRECISION) * (A * t * t)  # the Gram matrix
-        weights += (slope * tl.load(means + (WIDTH + SUM) * WIDTH + columns))[None, :]
-        p_mean = tl.sum(precise * weights, axis=1)
     total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+    if FORWARD:
+        weights = add_product(
+            total, x, factor, means, None, means, tokens, num_tokens, x_strides,
+            HEAD_DIM, WIDTH, False, True, PRECISION, STEP,
+        ) * (A * t * t)  # fmt: skip
+        weights += (tl.load(means + (WIDTH + SUM) * WIDTH + columns) * slope)[None, :]
+        unit = (rows * factor[:, None]).to(dtype)
+        p_mean = tl.sum(unit.to(tl.float32) * weights, axis=1)
     block_offsets = tl.arange(0, LEFT * TILE)[:, None] * WIDTH + columns[None, :]
     for row in range(0, num_rows, LEFT * TILE):
         pair = row // FEATURES
         m, n = pair_of(pair, TILES)
         first_columns = m * TILE + (row - pair * FEATURES) // TILE + tl.arange(0, LEFT)
-        left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
-        right = load_tokens(x, tokens, n * TILE + tl.arange(0, TILE), num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
-        left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
-        right = (right.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, 16)
+        second_columns = n * TILE + tl.arange(0, TILE)
+        left = load_scaled(x, factor, means, tokens, first_columns, num_tokens, x_strides, HEAD_DIM, False)
+        right = load_scaled(x, factor, means, tokens, second_columns, num_tokens, x_strides, HEAD_DIM, False)
         features = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
         part = tl.load(states + row * WIDTH + block_offsets)
         total = tl.dot(features, part, total, input_precision=PRECISION)
 
     # a t^2 quadratic + b1 t linear, as b1 t (a tau / b quadratic + linear): the linear term goes into the same accumulator
-    linear = square(states + num_rows * WIDTH, WIDTH, False)
-    total = tl.dot(unit, linear, total * (s * t * (A / B)), input_precision=PRECISION) * (slope / SCALE)
+    total = add_product(
+        total * (s * t * (A / B)), x, factor, means, None, states + num_rows * WIDTH, tokens, num_tokens,
+        x_strides, HEAD_DIM, WIDTH, False, False, PRECISION, STEP,
+    ) * (slope / SCALE)  # fmt: skip
     offset = tl.load(means + (WIDTH + OFFSET) * WIDTH + columns)
     mean = tl.load(means + (WIDTH + CENTRE) * WIDTH + columns) + offset
     inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
@@ -370,8 +315,8 @@ def apply(
             tl.store(row_means + head * num_tokens + tokens, z, mask=tokens < num_tokens)
     else:
         mean *= constant
-    y = of_head(y, head, num_heads, y_stride_b, y_stride_h)
-    y += tokens.to(tl.int64)[:, None] * y_stride_n + columns[None, :] * y_stride_d
+    y = of_head(y, head, num_heads, y_strides)
+    y += tokens.to(tl.int64)[:, None] * y_strides[2] + columns[None, :] * y_strides[3]
     tl.store(y, (scale * (total + mean[None, :])).to(dtype), mask=inside)
 
 
@@ -397,40 +342,11 @@ def expand(states, expanded, WIDTH: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def apply_backward(
-    x,
-    w,
-    delta,
-    expanded,
-    states,
-    means,
-    centres,
-    temperature,
-    dx,
-    dtemperature,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    x_stride_d,
-    w_stride_b,
-    w_stride_h,
-    w_stride_n,
-    w_stride_d,
-    dx_stride_b,
-    dx_stride_h,
-    dx_stride_n,
-    dx_stride_d,
-    num_heads,
-    num_tokens,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    SCALE: tl.constexpr,
-    KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    LEFT: tl.constexpr,
-):
+    x, w, delta, expanded, states, means, centres, temperature, dx, dtemperature, x_strides, w_strides, dx_strides, num_heads,
+    num_tokens, scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, KEYS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, LEFT: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Write dq and, for every block of tokens, its part of dtau; KEYS: write dk.
 
     Queries: x = q, w = g, the state and means of k and v. KEYS: x = k, w = v - m with m in `centres`, the state and means of q
@@ -442,7 +358,7 @@ def apply_backward(
     head = (tl.program_id(0) // num_blocks).to(tl.int64)
     tokens = tl.program_id(0) % num_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, WIDTH)
-    x, w = of_head(x, head, num_heads, x_stride_b, x_stride_h), of_head(w, head, num_heads, w_stride_b, w_stride_h)
+    x, w = of_head(x, head, num_heads, x_strides), of_head(w, head, num_heads, w_strides)
     states += head * (num_rows + WIDTH) * WIDTH
     expanded += head * num_products * WIDTH
     means += head * (WIDTH + NUM_VECTORS) * WIDTH
@@ -450,9 +366,9 @@ def apply_backward(
     t, s = bounded_temperature(temperature, head % num_heads)
     dtype = states.dtype.element_ty
 
-    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
+    rows = load_tokens(x, tokens, columns, num_tokens, x_strides, HEAD_DIM)
     factor = 1.0 / lengths(rows.to(tl.float32))
-    values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)
+    values = load_tokens(w, tokens, columns, num_tokens, w_strides, HEAD_DIM)
     if KEYS:
         values = values - tl.load(centres + columns).to(dtype)[None, :]
     shrink = power_of_two(values.to(tl.float32))  # exact, for the range of fp16
@@ -463,38 +379,33 @@ def apply_backward(
         m = pair // TILES
         first_columns = m * TILE + (row - pair * FEATURES) // TILE + tl.arange(0, LEFT)
         second_columns = (pair - m * TILES) * TILE + tl.arange(0, TILE)
-        left = load_tokens(x, tokens, first_columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM)
-        right = load_tokens(w, tokens, second_columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM)
-        if KEYS:
-            right = right - tl.load(centres + second_columns).to(dtype)[None, :]
-        left = (left.to(tl.float32) * factor[:, None]).to(dtype)  # (BLOCK_M, LEFT)
-        right = (right.to(tl.float32) * shrink[:, None]).to(dtype)  # (BLOCK_M, 16)
+        left = load_scaled(x, factor, means, tokens, first_columns, num_tokens, x_strides, HEAD_DIM, False)
+        right = load_scaled(w, shrink, centres, tokens, second_columns, num_tokens, w_strides, HEAD_DIM, KEYS)
         products = tl.reshape(left[:, :, None] * right[:, None, :], [BLOCK_M, LEFT * TILE])
         part = tl.load(expanded + row * WIDTH + block_offsets)
         total = tl.dot(products, part, total, input_precision=PRECISION)
 
     # b1 linear + 2 a t quadratic, as b1 (2 a tau / b quadratic + linear)
-    values = load_tokens(w, tokens, columns, num_tokens, w_stride_n, w_stride_d, HEAD_DIM, LAST=True)
-    if KEYS:
-        values = values - tl.load(centres + columns).to(dtype)[None, :]
-    values = (values.to(tl.float32) * shrink[:, None]).to(dtype)
-    linear = square(states + num_rows * WIDTH, WIDTH, True)
-    total = tl.dot(values, linear, total * (s * t * (2 * A / B)), input_precision=PRECISION)
+    total = add_product(
+        total * (s * t * (2 * A / B)), w, shrink, centres, None, states + num_rows * WIDTH, tokens, num_tokens,
+        w_strides, HEAD_DIM, WIDTH, KEYS, True, PRECISION, STEP,
+    )  # fmt: skip
     total /= (shrink * s * (SCALE / B))[:, None]
     # less delta (b1 sum of x^ + 2 a t Gram matrix), of the other tokens
-    rows = load_tokens(x, tokens, columns, num_tokens, x_stride_n, x_stride_d, HEAD_DIM, LAST=True)
-    unit = rows.to(tl.float32) * factor[:, None]
     if KEYS:
         weight = tl.full([BLOCK_M], -1.0, tl.float32)
     else:
         weight = -tl.load(delta + head * num_tokens + tokens, mask=tokens < num_tokens, other=0.0)
     total += weight[:, None] * (tl.load(means + (WIDTH + SUM) * WIDTH + columns) * (B / s))[None, :]
-    weighted = unit.to(dtype).to(tl.float32) * (weight * (2 * A * t))[:, None]
-    total = scale * tl.dot(weighted, square(means, WIDTH, False), total, input_precision=PRECISION)
+    total = add_product(
+        total, x, factor, means, weight * (t * (2 * A)), means, tokens, num_tokens, x_strides,
+        HEAD_DIM, WIDTH, False, False, PRECISION, STEP,
+    ) * scale  # fmt: skip
+    unit = load_tokens(x, tokens, columns, num_tokens, x_strides, HEAD_DIM).to(tl.float32) * factor[:, None]
     gradient, radial = unit_gradient(unit, total, 1.0 / factor)
     if not KEYS:
         tl.store(dtemperature + tl.program_id(0), tl.sum(radial, axis=0) / s)
-    dx = of_head(dx, head, num_heads, dx_stride_b, dx_stride_h)
-    dx += tokens.to(tl.int64)[:, None] * dx_stride_n + columns[None, :] * dx_stride_d
+    dx = of_head(dx, head, num_heads, dx_strides)
+    dx += tokens.to(tl.int64)[:, None] * dx_strides[2] + columns[None, :] * dx_strides[3]
     inside = (tokens < num_tokens)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(dx, (t * gradient).to(dtype), mask=inside)

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import taylorvit  # noqa: F401  (registers the models)
+from taylorvit.attention import ATTENTIONS
 from taylorvit.complexity import ops_direct, ops_efficient
 from taylorvit.metrics import PEAK_TFLOPS, Pace, correct_in_top, forward_flops, peak_flops, peak_memory_bytes
 
@@ -65,6 +66,14 @@ def test_flops_of_known_models() -> None:
     assert forward_flops(timm.create_model("vit_tiny_patch16_224", device="meta"), (3, 224, 224)) == forward_flops(
         tiny, (3, 224, 224)
     )
+
+
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
+def test_flops_of_every_attention_are_counted_without_computing(attention: str) -> None:
+    sizes = {"img_size": 32, "patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    model = timm.create_model("taylorvit_tiny_patch16_224", attention=attention, device="meta", **sizes)
+    projections = 2 * 2 * 65 * (3 + 1 + 8) * 32**2  # qkv, proj and mlp of both blocks; Reformer has no keys of its own
+    assert forward_flops(model, (3, 32, 32)) > projections - 2 * 2 * 65 * 32**2
 
 
 def test_flops_follow_the_form_of_the_attention() -> None:

@@ -34,6 +34,9 @@ OPTIONS: dict[str, dict] = {
     "linformer": {"k": 3, "share_kv": True},
     "nystrom": {"num_landmarks": 3, "pinv_iterations": 2, "conv_kernel_size": 3},
     "performer": {"num_features": 8, "seed": 3},
+    "rfa": {"num_features": 8, "seed": 3},
+    "reformer": {"bucket_size": 2, "num_hashes": 2},
+    "eva": {"window_size": 2, "overlap": 1, "num_landmarks": 3},
 }
 each_model = pytest.mark.parametrize("name", MODEL_NAMES)
 each_twin = pytest.mark.parametrize("attention", TWINS)

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from taylorvit.attention.linear import EPS, _features
 from taylorvit.complexity import head_dimension
-from taylorvit.ops import causal
+from taylorvit.ops import autocast_off, causal
 from taylorvit.ops.reference import widened
 from taylorvit.ops.taylor_attention import apply_autocast, without_autocast
 from taylorvit.suggest import nearest
@@ -162,14 +162,14 @@ class CausalLinear(CausalAttention):
 
     def _prefill(self, q: Tensor, k: Tensor, v: Tensor, max_length: int) -> tuple[Tensor, State]:
         q, k, v = apply_autocast(q, k, v)
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q):
             z, sums = causal.chunked(PRODUCT, *_prepared(q, k, v), wants_sums=True)
         assert sums is not None
         return _mean(z, v.dtype), causal.State(sums, q.shape[-2])
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, state: causal.State) -> Tensor:
         q, k, v = apply_autocast(q, k, v)
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_off(q):
             z = causal.advance(PRODUCT, *_prepared(q, k, v), state.sums)
         state.num_tokens += 1
         return _mean(z, v.dtype)

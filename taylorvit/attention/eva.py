@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from taylorvit.attention.multi_head import MultiHeadAttention
 from taylorvit.attention.option_checks import check_whole_number
+from taylorvit.ops import autocast_off
 from taylorvit.ops.reference import widened
 
 Landmarks = tuple[Tensor, Tensor, Tensor, Tensor]  # weight (D, D) and bias (D,) for the means of queries, and for those of keys
@@ -142,7 +143,7 @@ def eva_attention(
     q, k, v: (B, H, N, D); landmarks: weight (D, D) and bias (D,) of A_q and of A_k, or None for no chunks; key_mask: (B, N),
     true for the keys that count. Returns (B, H, N, D) in the dtype of v.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         queries, keys, values = widened(q, k, v)
         B, _, N, D = q.shape
         keep = (q.new_ones(B, N, dtype=torch.bool) if key_mask is None else key_mask)[:, None, :, None]  # (B, 1, N, 1)

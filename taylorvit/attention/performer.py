@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taylorvit.attention.multi_head import MultiHeadAttention
 from taylorvit.attention.option_checks import check_not_negative, check_switch, check_whole_number
+from taylorvit.ops import autocast_off
 from taylorvit.ops.reference import widened
 
 
@@ -97,7 +98,7 @@ def performer_attention(
     q, k, v: (B, H, N, D); projection: (H, m, D); key_mask: (B, N), true for the keys that count. Returns (B, H, N, D) in the
     dtype of v, NaN where no key counts.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         queries, keys, values, projection = widened(q, k, v, projection)
         keep = None if key_mask is None else key_mask[:, None, :, None]  # (B, 1, N, 1)
         phi_q = _features(queries, projection, eps, (-1,))  # (B, H, N, m)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taylorvit.attention.multi_head import MultiHeadAttention
 from taylorvit.attention.option_checks import check_whole_number
+from taylorvit.ops import autocast_off
 from taylorvit.ops.reference import unit_vectors, widened
 
 # Scores far below all others, but finite, as a row may have no other: a token attends to itself only where it has no other key
@@ -109,7 +110,7 @@ def lsh_attention(
     q, k, v: (B, H, N, D), in Reformer q = k; rotations: (R, D, buckets / 2); key_mask: (B, N), true for the keys that count.
     Returns (B, H, N, D) in the dtype of v.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         queries, keys, values, rotations = widened(q, k, v, rotations)
         B, H, N, D = q.shape
         R, chunks = rotations.shape[0], -(-N // bucket_size)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from taylorvit.attention.multi_head import MultiHeadAttention
 from taylorvit.attention.option_checks import check_switch, check_whole_number
+from taylorvit.ops import autocast_off
 from taylorvit.ops.reference import unit_vectors, widened
 
 # Least mean of the kernel over the keys, which is never above 1: what is smaller, or negative, is an estimate gone wrong.
@@ -92,7 +93,7 @@ def rfa_attention(q: Tensor, k: Tensor, v: Tensor, projection: Tensor, *, key_ma
     q, k, v: (B, H, N, D); projection: (H, m, D); key_mask: (B, N), true for the keys that count. Returns (B, H, N, D) in the
     dtype of v, 0 where no key counts.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         queries, keys, values, projection = widened(q, k, v, projection)
         phi_q, phi_k = _features(queries, projection), _features(keys, projection)  # (B, H, N, 2 m)
         if key_mask is None:

@@ -7,7 +7,8 @@ The kernels divide the polynomial by s^2, s = max(|tau|, 1), which the quotient 
 
     w(tau x) / s^2 = a u^2 + (b / s) u + c / s^2,     u = (tau / s) x in [-1, 1],     x = cos(q_i, k_j)
 
-so that nothing between the inputs and the sums leaves the range of fp16, whatever the temperature.
+so that weights and sums stay in the range of fp16. Only the direct form has tau in an operand, tau q^: in fp16 it gives NaN for
+|tau| above 65504.
 """
 
 from __future__ import annotations

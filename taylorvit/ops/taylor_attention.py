@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -215,9 +216,12 @@ def apply_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 
+def autocast_off(x: Tensor) -> AbstractContextManager[None]:
+    """Return a context with autocast off for tensors on the device of x, so that what is fp32 inside stays fp32."""
+    return torch.autocast(x.device.type, enabled=False) if _autocast_enabled(x) else nullcontext()
+
+
 def without_autocast(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Call with autocast off, so that what is fp32 inside stays fp32."""
-    if not _autocast_enabled(tensors[0]):
-        return function(*tensors)
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with autocast_off(tensors[0]):
         return function(*tensors)

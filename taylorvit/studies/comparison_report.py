@@ -86,15 +86,21 @@ def budget(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def report(rows: Sequence[Mapping[str, Any]], trained: Trained, costs: Costs) -> str:
     """Return the page: accuracies, a task each, then costs, a task each, then the caveats."""
     parts = [f"`{provenance()['command']}`"]
-    for task, results in trained.items():
-        parts += [f"## {TASKS.get(task, task)}: accuracy", _given(results), _accuracies(_of(rows, task), task)]
-        if lines := reference_lines(results[0]["config"]):
+    for task in tasks_of(trained, costs):
+        if task in trained or task in TASKS:
+            parts += [
+                f"## {TASKS.get(task, task)}: accuracy",
+                _given(trained.get(task, [])),
+                _accuracies(_of(rows, task), task),
+            ]
+        if lines := reference_lines(trained[task][0]["config"]) if task in trained else None:
             known = ", ".join(f"{name} {value:.1f} %" for name, value in lines.items())
             parts.append(f"Without looking inside the expressions, on the same test samples: {known}.")
     for task in tasks_of({}, costs):
         parts += [f"## {TASKS.get(task, task)}: cost", _measured(task, costs), _costs(_of(rows, task))]
-    notes = [caveat for caveat in CAVEATS if any(caveat.holds_for(row["system"], row["task"]) for row in rows)]
-    if any(row["published_top1"] for row in rows):
+    printed = [(row["system"], row["task"]) for row in rows if row["published_top1"] is not None]
+    notes = [caveat for caveat in CAVEATS if any(caveat.holds_for(*figure) for figure in printed)]
+    if printed:
         parts += [f"{PUBLISHED} ({SOURCE}; * had to be trained in full precision, - not given).", _list(notes)]
     return "\n\n".join(filter(None, parts))
 
@@ -104,6 +110,8 @@ def _of(rows: Sequence[Mapping[str, Any]], task: str) -> list[Mapping[str, Any]]
 
 
 def _given(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return "Nothing is trained yet."
     given = budget(results)
     return (
         f"Budget of every training: {given['epochs']} epoch(s) of `{given['train_split']}`, batch {given['batch']}, "

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import generate
 
 from taylorvit.attention.causal import CAUSAL_ATTENTIONS, CausalAttention
+from taylorvit.benchmark.timing import Comparison
 from taylorvit.checkpoint import list_checkpoints
 from taylorvit.studies import generation, generation_cost
 from taylorvit.studies.generation import (
@@ -226,3 +227,12 @@ def test_layers_are_alike_but_for_the_attention(digits: Pixels) -> None:
     for name, weight in models["softmax"].items():
         assert all(torch.equal(model[name], weight) for model in models.values())
     assert [name for name in models["taylorshift"] if name not in models["softmax"]] == ["blocks.0.attn.temperature"]
+
+
+def test_both_speed_ups_are_of_ratios_within_the_rounds() -> None:
+    rounds = {RECOMPUTED: [8.0, 80.0, 16.0], CACHED: [2.0, 30.0, 6.0], LINEAR: [1.0, 10.0, 2.0]}
+    one = generation_cost.Candidate(32, torch.neg, 99, 0.0)
+    cost = generation_cost._cost(LINEAR, one, 7, 1, Comparison(rounds, dict.fromkeys(rounds, 1)))
+    assert (cost.seconds, cost.over_recomputing, cost.over_cache) == (2.0, 8.0, 3.0)
+    cached = generation_cost._cost(CACHED, one, 7, 1, Comparison(rounds, dict.fromkeys(rounds, 1)))
+    assert (cached.over_cache, cached.over_recomputing) == (1.0, 8 / 3)

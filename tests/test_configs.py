@@ -16,6 +16,7 @@ import yaml
 from helpers import ROOT, write_digit_folder
 
 from taylorvit import engine
+from taylorvit.attention import ATTENTIONS
 from taylorvit.complexity import flops_crossover
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
@@ -23,12 +24,15 @@ from taylorvit.data.listops import Shape
 from taylorvit.distributed import split_batch
 from taylorvit.models import SequenceEncoder, attention_forms, build_model
 from taylorvit.run_folder import RunFolder
+from taylorvit.studies.comparison import arguments_of, find_task
+from taylorvit.studies.published import SYSTEMS, TASKS
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 IMAGENET = [name for name in CONFIGS if name.startswith("imagenet")]
 FROM_SCRATCH = [name for name in IMAGENET if "_ft" not in name]
 FINE_TUNING = [name for name in IMAGENET if "_ft" in name]
 TAYLORVIT_WITH_TWIN = ["imagenet_taylorvit_tiny", "imagenet_taylorvit_small", "fashion_mnist_taylorvit"]
+SYSTEM_LAYERS = sorted(path.stem for path in (ROOT / "configs" / "attentions").glob("*.yaml"))
 SBATCH = ROOT / "configs" / "slurm" / "train_multi_node.sbatch"
 
 # The authors' configuration; the number of epochs is an assumption.
@@ -175,8 +179,11 @@ def write_reviews(folder: Path, count: int) -> None:
         (folder / "train" / name / f"{number}_1.txt").write_text(f"{name} " * (number + 1))
 
 
-def shrunken(name: str) -> Config:
-    """Return a shipped config cut down to one update of 8 images: fewer tokens, narrower, shallower, not compiled, on CPU."""
+def shrunken(name: str, *layers: str) -> Config:
+    """Return a shipped config cut down to one update of 8 images: fewer tokens, narrower, shallower, not compiled, on CPU.
+
+    `layers` are arguments that follow it on the command line, such as `--config FILE`.
+    """
     config = load(name)
     heads = build_model(config.model, device="meta").blocks[0].attn.num_heads
     side = config.model.img_size // 112 if name in IMAGENET else config.model.img_size // (config.model.patch_size or 16) // 2
@@ -205,7 +212,8 @@ def shrunken(name: str) -> Config:
         "evaluate.batch_size": 8,
         "device": "cpu",
     }
-    return load(name, *(f"{key}={value}" for key, value in changes.items()))
+    file = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
+    return load_config([*file, *layers, *(f"--{key}={value}" for key, value in changes.items())])[0]
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +241,64 @@ def test_config_trains_one_shrunken_step(name: str, workplace: Path, monkeypatch
     assert run.read_status()["state"] == "finished"
     assert [record["update"] for record in run.read_metrics() if record["kind"] == "train"] == [1]
     assert (run.path / "export" / "model.safetensors").is_file()
+
+
+def extra_parameters(system: str, tokens: int, width: int, heads: int) -> int:
+    """Return how many parameters more a layer has than softmax attention."""
+    head_dim = width // heads
+    return {
+        "taylorshift": heads,  # temperatures
+        "linformer": 2 * tokens * 256,  # E and F
+        "rfa": width,  # sigma
+        "reformer": -width * (width + 1),  # queries are keys
+        "eva": 2 * head_dim * (head_dim + 1),  # two projections of means
+    }.get(system, 0)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_system_builds_on_every_task(task: str, system: str) -> None:
+    model, twin = (
+        build_model(load_config(arguments_of(find_task(task), name, [], []))[0].model, device="meta")
+        for name in (system, "softmax")
+    )
+    assert all(isinstance(block.attn, ATTENTIONS[system]) for block in model.blocks)
+    tokens = twin.num_tokens if isinstance(twin, SequenceEncoder) else twin.patch_embed.num_patches + twin.num_prefix_tokens
+    extra = extra_parameters(system, tokens, twin.embed_dim, twin.blocks[0].attn.num_heads)
+    counts = [sum(parameter.numel() for parameter in each.parameters()) for each in (model, twin)]
+    assert counts[0] - counts[1] == len(twin.blocks) * extra
+
+
+@pytest.mark.parametrize("name", SYSTEM_LAYERS)
+def test_system_layer_holds_a_system_and_no_more(name: str) -> None:
+    text = (ROOT / "configs" / "attentions" / f"{name}.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    assert text.startswith("# ")
+    assert content.keys() == {"model"}
+    assert content["model"]["attention"] == name.removesuffix("_sequence")
+    extra = {"kwargs"} if name == "linformer_sequence" else set()  # it cannot leave out padding
+    assert content["model"].keys() == {"attention", "attention_options"} | extra
+    assert {layer.removesuffix("_sequence") for layer in SYSTEM_LAYERS} == set(SYSTEMS)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small"])
+def test_softmax_layer_gives_the_softmax_twin(size: str) -> None:
+    layered, _ = load_config(arguments_of(find_task(f"imagenet_taylorvit_{size}"), "softmax", [], []))
+    first, second = (flatten(config_to_dict(config)) for config in (layered, load(f"imagenet_softmax_{size}")))
+    assert {key for key in first if first[key] != second[key]} == {"run_dir"}
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("name", SYSTEM_LAYERS)
+def test_system_trains_one_shrunken_step(name: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = "imagenet_taylorvit_tiny" if f"{name}_sequence" in SYSTEM_LAYERS else "digits_pixels"
+    monkeypatch.chdir(workplace)
+    layer = str(ROOT / "configs" / "attentions" / f"{name}.yaml")
+    config = shrunken(task, "--config", layer, f"--run_dir=runs/system_{name}")
+    assert engine.train(config) == 0
+    records = [record for record in RunFolder(config.run_dir).read_metrics() if record["kind"] == "train"]
+    assert [record["update"] for record in records] == [1]
+    assert records[0]["grad_norm"] > 0
 
 
 def accelerate_arguments(file: str, *more: str):

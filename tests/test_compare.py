@@ -344,13 +344,10 @@ def test_bad_input_is_refused_before_anything_runs(
 
 
 def test_figures_that_are_missing_are_dashes() -> None:
-    row = {
-        "inference_status": "ok",
-        "inference_speedup": None,
-        "inference_peak_bytes": None,
-        "inference_samples_per_second": 12.3456,
-    }
+    names = ("speedup", "speedup_low", "speedup_high", "peak_bytes")
+    row: dict[str, Any] = {"inference_status": "ok", "inference_samples_per_second": 12.3456}
+    row |= dict.fromkeys(f"inference_{name}" for name in names)
     assert comparison_report._figures(row, "inference") == ["12.35", "-", "-"]
     assert comparison_report._figures({"training_status": "out of memory"}, "training") == ["out of memory", "-", "-"]
-    small = row | {"inference_speedup": 1.0, "inference_peak_bytes": 100}
-    assert comparison_report._figures(small, "inference") == ["12.35", "1.00", "< 0.25"]
+    row |= dict(zip((f"inference_{name}" for name in names), (1.5, 1.25, 2.0, 100)))
+    assert comparison_report._figures(row, "inference") == ["12.35", "1.50 (1.25 - 2.00)", "< 0.25"]

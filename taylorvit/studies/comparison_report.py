@@ -12,7 +12,8 @@ from taylorvit.studies.published import CAVEATS, SOURCE, SYSTEMS, TASKS, publish
 from taylorvit.studies.results import markdown_table, mean_and_spread
 
 MEBI = 2**20
-MEASURED = ("samples_per_second", "seconds", "seconds_low", "seconds_high", "speedup", "peak_bytes", "weight_bytes", "note")
+MEASURED = ("samples_per_second", "seconds", "seconds_low", "seconds_high", "speedup", "speedup_low", "speedup_high")
+MEASURED += ("rounds", "peak_bytes", "weight_bytes", "note")
 PUBLISHED = "Published: single runs of others, no deviation given, nothing of it measured here"
 
 Trained = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -163,7 +164,7 @@ def _measured(task: str, costs: Costs) -> str:
     return (
         f"{shape}batch {row['batch_size']}, {place}, precision {how['precision']}, random inputs; commit "
         f"{commit}. GFLOP: matrix products of one sample's forward pass. x: samples/s over softmax's, "
-        "the median of the rounds. MiB: what a pass needs at its peak beyond the weights."
+        "median of the rounds (10th - 90th percentile). MiB: what a pass needs at its peak beyond the weights."
     )
 
 
@@ -185,6 +186,8 @@ def _costs(rows: Sequence[Mapping[str, Any]]) -> str:
 def _figures(row: Mapping[str, Any], name: str) -> list[str]:
     if row.get(f"{name}_status") != "ok":
         return [row.get(f"{name}_status", "-"), "-", "-"]
-    speedup, peak = row[f"{name}_speedup"], row[f"{name}_peak_bytes"]
+    ratio, low, high = (row[f"{name}_speedup{end}"] for end in ("", "_low", "_high"))
+    ratios = "-" if ratio is None else f"{ratio:.2f} ({low:.2f} - {high:.2f})"
+    peak = row[f"{name}_peak_bytes"]
     memory = "-" if peak is None else f"{peak / MEBI:.4g}" if peak >= RESOLUTION else f"< {RESOLUTION / MEBI}"
-    return [f"{row[f'{name}_samples_per_second']:.4g}", "-" if speedup is None else f"{speedup:.2f}", memory]
+    return [f"{row[f'{name}_samples_per_second']:.4g}", ratios, memory]

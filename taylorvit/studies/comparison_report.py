@@ -12,9 +12,11 @@ from taylorvit.studies.published import CAVEATS, SOURCE, SYSTEMS, TASKS, publish
 from taylorvit.studies.results import markdown_table, mean_and_spread
 
 MEBI = 2**20
-MEASURED = ("samples_per_second", "seconds", "seconds_low", "seconds_high", "speedup", "speedup_low", "speedup_high")
-MEASURED += ("rounds", "peak_bytes", "weight_bytes", "note")
-PUBLISHED = "Published: single runs of others, no deviation given, nothing of it measured here"
+TIMES = ("samples_per_second", "seconds", "seconds_low", "seconds_high", "speedup", "speedup_low", "speedup_high", "rounds")
+MEASURED = (*TIMES, "peak_bytes", "weight_bytes", "note")
+PUBLISHED = (
+    "Published: single runs of others, no deviation given, nothing of it measured here; * had to be trained in full precision"
+)
 
 Trained = Mapping[str, Sequence[Mapping[str, Any]]]
 Costs = Mapping[tuple[str, str], Mapping[str, Any]]
@@ -85,25 +87,35 @@ def budget(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def report(rows: Sequence[Mapping[str, Any]], trained: Trained, costs: Costs) -> str:
-    """Return the page: accuracies, a task each, then costs, a task each, then the caveats."""
-    parts = [f"`{provenance()['command']}`"]
-    for task in tasks_of(trained, costs):
-        if task in trained or task in TASKS:
-            parts += [
-                f"## {TASKS.get(task, task)}: accuracy",
-                _given(trained.get(task, [])),
-                _accuracies(_of(rows, task), task),
-            ]
-        if lines := reference_lines(trained[task][0]["config"]) if task in trained else None:
+    """Return the page: the paper's table with its caveats, then accuracies, a task each, then costs, a task each."""
+    caveats = "\n".join(f"- [{number}] {caveat.text}" for number, caveat in enumerate(CAVEATS, 1))
+    explained = f"Accuracy [%], published / ours, - where there is none. {PUBLISHED} ({SOURCE})."
+    parts = [f"`{provenance()['command']}`", explained, _overview(rows), caveats]
+    for task in tasks_of(trained, {}):
+        results = trained[task]
+        parts += [f"## {TASKS.get(task, task)}: accuracy", _given(results), _accuracies(_of(rows, task), task)]
+        if lines := reference_lines(results[0]["config"]):
             known = ", ".join(f"{name} {value:.1f} %" for name, value in lines.items())
             parts.append(f"Without looking inside the expressions, on the same test samples: {known}.")
     for task in tasks_of({}, costs):
         parts += [f"## {TASKS.get(task, task)}: cost", _measured(task, costs), _costs(_of(rows, task))]
-    printed = [(row["system"], row["task"]) for row in rows if row["published_top1"] is not None]
-    notes = [caveat for caveat in CAVEATS if any(caveat.holds_for(*figure) for figure in printed)]
-    if printed:
-        parts += [f"{PUBLISHED} ({SOURCE}; * had to be trained in full precision, - not given).", _list(notes)]
-    return "\n\n".join(filter(None, parts))
+    return "\n\n".join(parts)
+
+
+def _overview(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the paper's table with ours in every cell, a system a row and a task a column."""
+    own = {(row["system"], row["task"]): mean_and_spread(row, "test_top1") for row in rows if row.get("seeds")}
+    lines = []
+    for system, name in SYSTEMS.items():
+        cells = [f"{published(system, task) or '-'} / {own.get((system, task), '-')}{_numbers(system, task)}" for task in TASKS]
+        lines.append([name, *cells])
+    return markdown_table(["system", *TASKS.values()], lines)
+
+
+def _numbers(system: str, task: str) -> str:
+    """Return the numbers of the caveats that hold for a published figure."""
+    found = [str(number) for number, caveat in enumerate(CAVEATS, 1) if caveat.holds_for(system, task)]
+    return f" [{', '.join(found)}]" if found and published(system, task) else ""
 
 
 def _of(rows: Sequence[Mapping[str, Any]], task: str) -> list[Mapping[str, Any]]:
@@ -111,8 +123,6 @@ def _of(rows: Sequence[Mapping[str, Any]], task: str) -> list[Mapping[str, Any]]
 
 
 def _given(results: Sequence[Mapping[str, Any]]) -> str:
-    if not results:
-        return "Nothing is trained yet."
     given = budget(results)
     return (
         f"Budget of every training: {given['epochs']} epoch(s) of `{given['train_split']}`, batch {given['batch']}, "
@@ -137,21 +147,8 @@ def _accuracies(rows: Sequence[Mapping[str, Any]], task: str) -> str:
             own = [mean_and_spread(row, "test_top1"), mean_and_spread(row, "val_top1"), str(row["seeds"]), str(row["diverged"])]
         else:
             own = ["not yet measured", "-", "0", "-"]
-        lines.append([_name(row, task), *printed, *own])
+        lines.append([SYSTEMS[row["system"]] + _numbers(row["system"], task), *printed, *own])
     return markdown_table([*head, "parameters"], [[*line, f"{row['parameters']:,}"] for line, row in zip(lines, rows)])
-
-
-def _name(row: Mapping[str, Any], task: str) -> str:
-    """Return the system with the numbers of the caveats that hold for its published figure."""
-    name = SYSTEMS[row["system"]]
-    if published(row["system"], task) is None:
-        return name
-    numbers = [str(number) for number, caveat in enumerate(CAVEATS, 1) if caveat.holds_for(row["system"], task)]
-    return f"{name} [{', '.join(numbers)}]" if numbers else name
-
-
-def _list(caveats: Sequence[Any]) -> str:
-    return "\n".join(f"- [{CAVEATS.index(caveat) + 1}] {caveat.text}" for caveat in caveats)
 
 
 def _measured(task: str, costs: Costs) -> str:

@@ -186,9 +186,12 @@ def test_program_trains_samples_and_completes(monkeypatch: pytest.MonkeyPatch, t
     arguments = ["sample", "--attention=softmax", "--complete", "--num_images=6", "--columns=3", f"--out={out}"]
     assert run_tool(monkeypatch, generate.main, *arguments) == 0
     sheet = np.asarray(Image.open(out / "completions_softmax.png").resize((28, 28), Image.Resampling.NEAREST))
-    originals = sheet[1:5, 1:9], sheet[10:14, 1:9], sheet[19:23, 1:9]  # the upper half of the first column
-    assert np.array_equal(originals[0], originals[1])
-    assert np.array_equal(originals[0], originals[2])
+    held_out = load_pixels("pixels/digits", root, "val[:10%]")
+    for column, number in enumerate((0, len(held_out.levels) // 3, 2 * len(held_out.levels) // 3)):
+        left, original = 9 * column + 1, held_out.grey[held_out.levels[number]].view(8, 8).numpy()
+        assert np.array_equal(sheet[1:9, left : left + 8], original)
+        for top in (10, 19):  # the upper halves are the original's
+            assert np.array_equal(sheet[top : top + 4, left : left + 8], original[:4])
 
 
 def test_program_benches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -134,7 +134,8 @@ def run_sample(options: argparse.Namespace) -> None:
     shown, stem = [], f"samples_{options.attention}"
     if options.complete:
         held_out = load_pixels(settings.dataset, settings.root, settings.val_split).levels
-        originals = held_out[torch.arange(min(options.columns, len(held_out)))]
+        columns = min(options.columns, len(held_out))
+        originals = held_out[torch.arange(columns) * len(held_out) // columns]  # sets may be sorted by class
         lines = max(1, options.num_images // len(originals))
         height = num_pixels // pixels.width
         given = originals[:, : height // 2 * pixels.width].repeat(lines, 1)

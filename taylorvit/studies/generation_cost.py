@@ -32,6 +32,7 @@ from taylorvit.studies.results import markdown_table
 RECOMPUTED, CACHED, LINEAR = "softmax, recomputed", "softmax, cached", "linear"
 SOFTMAX_HEAD_DIM = 32  # of linear too
 TOLERANCE = 1e-4  # of the largest output, in fp32
+BATCH_SECONDS = 0.05  # longer than the turns in which a system gives its cores to programs
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,13 @@ def measure_position(
     seed_all("generation cost", position)
     x = torch.randn(batch_size, position, embed_dim, device=device)  # (B, t, C)
     found = candidates(x, head_dims)
+    calls = {name: one.call for name, one in found.items()}
     timed = compare(
-        {name: one.call for name, one in found.items()}, lambda index: (x[:, -1],), seconds=seconds, num_input_sets=1
+        calls,
+        lambda index: (x[:, -1],),
+        seconds=seconds,
+        num_input_sets=1,
+        min_batch_seconds=BATCH_SECONDS,
     )
     return [_cost(name, one, position, batch_size, timed) for name, one in found.items()]
 

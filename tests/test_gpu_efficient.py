@@ -41,7 +41,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 queries or 16 keys, and a split of the tokens every 32."""
-    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, LEFT=16, STEP=16, BLOCK_ROWS=128)
+    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=16, STEP=16, BLOCK_ROWS=128)
     monkeypatch.setattr(gpu_efficient, "MIN_SPLIT_TOKENS", 32)
 
 
@@ -191,7 +191,7 @@ def test_head_dimensions(head_dim: int) -> None:
 
 @pytest.mark.parametrize("left", [4, 8, 16])
 def test_pieces_of_a_pair_of_tiles(left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, LEFT=left, STEP=16, BLOCK_ROWS=64)
+    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=left, STEP=16, BLOCK_ROWS=64)
     assert_equals_reference(*inputs((1, 1, 18, 24), torch.float32))
 
 

@@ -31,19 +31,20 @@ def _table() -> dict[tuple[str, int, int], Launch]:
     """
     table = {}
     for width in WIDTHS:
-        wide = width == 128
-        table["moments", width, 16] = Launch({"BLOCK_N": 16 if wide else 64}, 8 if width >= 64 else 4, 2)
-        table["moments", width, 32] = Launch({"BLOCK_N": 16}, 8 if width >= 64 else 4, 1)
+        wide, warps = width == 128, 8 if width >= 64 else 4
+        table["moments", width, 16] = Launch({"BLOCK_N": 32 if width >= 64 else 64, "ROWS": min(width, 64)}, warps, 2)
+        table["moments", width, 32] = Launch({"BLOCK_N": 16, "ROWS": 32 if wide else width}, warps, 1)
         table["state", width, 16] = Launch({"BLOCK_N": 64, "LEFT": 16}, 8 if wide else 4, 3)
         table["state", width, 32] = Launch({"BLOCK_N": 32, "LEFT": 4 if wide else 8}, 8, 1)
-        half, single = {"LEFT": 8 if wide else 16, "STEP": min(width, 64)}, {"LEFT": 4, "STEP": 16}
-        table["apply", width, 16] = Launch({"BLOCK_M": 128} | half, 8, 2)
-        table["apply", width, 32] = Launch({"BLOCK_M": 32 if wide else 64} | single, 8, 1)
-        table["apply_backward", width, 16] = Launch({"BLOCK_M": 64 if wide else 128} | half, 8, 2)
-        table["apply_backward", width, 32] = Launch({"BLOCK_M": 32 if wide else 64} | single, 8, 1)
+        half, single = {"STEP": min(width, 32)}, {"BLOCK_M": 32 if width >= 64 else 64, "LEFT": 4, "STEP": 16}
+        table["apply", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 4 if wide else 16} | half, 8, 2)
+        table["apply_backward", width, 16] = Launch(
+            {"BLOCK_M": 64 if wide else 128, "LEFT": 8 if width >= 64 else 16} | half, 8, 2
+        )
+        table["apply", width, 32] = table["apply_backward", width, 32] = Launch(single, 8, 1)
         for bits in (16, 32):
-            table["reduce", width, bits] = Launch({"BLOCK_ROWS": 64}, 4, 1)
-            table["expand", width, bits] = Launch({}, 4, 1)
+            table["reduce", width, bits] = Launch({"BLOCK_ROWS": 32 if wide else 64}, 4, 1)
+            table["expand", width, bits] = Launch({}, 8 if wide else 4, 1)
     return table
 
 
@@ -119,7 +120,7 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     others = backward or (sums,) * 5  # not used
     kernels.launch(
         kernels_efficient.moments,
-        (heads * splits,),
+        (heads * splits * width // launch.blocks["ROWS"],),
         *(x, w, units, sums, *others, x.stride(), w.stride(), num_heads, num_tokens, splits, split_tokens, padded_tokens),
         config=launch,
         BACKWARD=bool(backward),

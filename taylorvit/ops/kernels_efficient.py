@@ -92,20 +92,22 @@ def moments(
     x, w, units, partials, row_means, deviations, means, g, delta, x_strides, w_strides, num_heads, num_tokens, num_splits,
     tokens_per_split, padded_tokens,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write the unit vectors x^, and for every split the sums of x^ w^T, omega x^ x^T, omega x^ and w, fp32.
 
     Forward: x = k, w = v, omega = 1. Backward: x = q, w = g = dy / z, omega = delta = g . (y / scale - m); both are written.
+    A program writes ROWS rows of the matrices, and those rows of x^; the first of them writes all that is not a matrix.
     units: (heads, 16 TILES, padded tokens), 0 beyond the last token. partials: (heads, splits, 2 WIDTH + 2, WIDTH).
-    Grid: (heads * splits,).
+    Grid: (heads * splits * WIDTH / ROWS,).
     """
-    program = tl.program_id(0)
+    program, part = tl.program_id(0) // (WIDTH // ROWS), tl.program_id(0) % (WIDTH // ROWS)
     head = (program // num_splits).to(tl.int64)
     x, w = of_head(x, head, num_heads, x_strides), of_head(w, head, num_heads, w_strides)
     columns = tl.arange(0, WIDTH)
-    linear = tl.zeros([WIDTH, WIDTH], tl.float32)
-    gram = tl.zeros([WIDTH, WIDTH], tl.float32)
+    own_columns = part * ROWS + tl.arange(0, ROWS)
+    linear = tl.zeros([ROWS, WIDTH], tl.float32)
+    gram = tl.zeros([ROWS, WIDTH], tl.float32)
     x_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)  # summed over the rows once, at the end
     w_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)
     if BACKWARD:
@@ -118,10 +120,11 @@ def moments(
         other = load_tokens(w, tokens, columns, num_tokens, w_strides, HEAD_DIM)  # (BLOCK_N, WIDTH)
         factor = 1.0 / lengths(rows.to(tl.float32))
         unit = (rows.to(tl.float32) * factor[:, None]).to(rows.dtype)
-        transposed = columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :]
-        tl.store(
-            units + head * TILES * TILE * padded_tokens + transposed, tl.trans(unit), mask=(columns < TILES * TILE)[:, None]
-        )
+        own = unit  # (BLOCK_N, ROWS)
+        if ROWS < WIDTH:
+            own = load_scaled(x, factor, means, tokens, own_columns, num_tokens, x_strides, HEAD_DIM, False)
+        transposed = head * TILES * TILE * padded_tokens + own_columns.to(tl.int64)[:, None] * padded_tokens + tokens[None, :]
+        tl.store(units + transposed, tl.trans(own), mask=(own_columns < TILES * TILE)[:, None])
         if BACKWARD:
             z = tl.load(row_means + head * num_tokens + tokens, mask=inside, other=1.0)
             other = (other.to(tl.float32) / z[:, None]).to(rows.dtype)
@@ -129,23 +132,23 @@ def moments(
             kept = inside[:, None] & (columns < HEAD_DIM)[None, :]
             deviation = tl.load(deviations + head * num_tokens * HEAD_DIM + matrix, mask=kept, other=0.0).to(tl.float32)
             omega = tl.sum(other.to(tl.float32) * (deviation + offset[None, :]), axis=1)
-            tl.store(g + head * num_tokens * HEAD_DIM + matrix, other, mask=kept)
-            tl.store(delta + head * num_tokens + tokens, omega, mask=inside)
+            tl.store(g + head * num_tokens * HEAD_DIM + matrix, other, mask=kept & (part == 0))
+            tl.store(delta + head * num_tokens + tokens, omega, mask=inside & (part == 0))
             # omega may be tiny: its products keep the exponents of fp32
             weighted = unit.to(tl.float32) * omega[:, None]
-            gram = tl.dot(tl.trans(unit.to(tl.float32)), weighted, gram, input_precision=PRECISION)
+            gram = tl.dot(tl.trans(own.to(tl.float32)), weighted, gram, input_precision=PRECISION)
             x_sum += weighted
         else:
-            gram = tl.dot(tl.trans(unit), unit, gram, input_precision=PRECISION)
+            gram = tl.dot(tl.trans(own), unit, gram, input_precision=PRECISION)
             x_sum += unit.to(tl.float32)
-        linear = tl.dot(tl.trans(unit), other, linear, input_precision=PRECISION)
+        linear = tl.dot(tl.trans(own), other, linear, input_precision=PRECISION)
         w_sum += other.to(tl.float32)
     partials += (head * num_splits + program % num_splits) * (2 * WIDTH + 2) * WIDTH
-    matrix = columns[:, None] * WIDTH + columns[None, :]
+    matrix = own_columns[:, None] * WIDTH + columns[None, :]
     tl.store(partials + matrix, linear)
     tl.store(partials + WIDTH * WIDTH + matrix, gram)
-    tl.store(partials + 2 * WIDTH * WIDTH + columns, tl.sum(x_sum, axis=0))
-    tl.store(partials + (2 * WIDTH + 1) * WIDTH + columns, tl.sum(w_sum, axis=0))
+    tl.store(partials + 2 * WIDTH * WIDTH + columns, tl.sum(x_sum, axis=0), mask=columns < WIDTH * (part == 0))
+    tl.store(partials + (2 * WIDTH + 1) * WIDTH + columns, tl.sum(w_sum, axis=0), mask=columns < WIDTH * (part == 0))
 
 
 @triton.jit

@@ -116,18 +116,18 @@ def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
 
 CASES: list[tuple[Shape, str, float]] = [
     ((1, 2, 1, 8), "normal", 10),
-    ((1, 3, 2, 17), "clustered keys", 1),
+    ((1, 2, 2, 17), "clustered keys", 1),
     ((2, 1, 17, 1), "1e-4", 100),
     ((1, 2, 65, 16), "large mean", -1),
     ((1, 2, 33, 16), "clustered keys", 100),
     ((1, 2, 65, 8), "zero vectors", -8),
-    ((1, 2, 64, 24), "zero vectors", 0),
-    ((1, 1, 63, 64), "normal", 100),
+    ((1, 1, 64, 24), "zero vectors", 0),
+    ((1, 1, 33, 64), "normal", 100),
     ((1, 1, 97, 32), "large mean", 10),
     ((1, 2, 40, 16), "1e-10", 1),
     ((1, 1, 66, 24), "1e3", -3),
     ((1, 1, 197, 8), "large mean", 0),
-    ((1, 1, 50, 48), "clustered keys", 10),
+    ((1, 1, 33, 48), "clustered keys", 10),
 ]
 
 
@@ -173,7 +173,7 @@ def test_lengths_around_the_blocks(num_tokens: int) -> None:
     assert_equals_reference(*inputs((1, 2, num_tokens, 8), torch.float32))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 197, 1025])
+@pytest.mark.parametrize("num_tokens", [1, 197, 577])
 def test_lengths_of_vision_transformers(num_tokens: int) -> None:
     """With the blocks and splits of the table."""
     assert_equals_reference(*inputs((1, 1, num_tokens, 16), torch.float32))
@@ -229,7 +229,7 @@ def test_nothing_to_attend_to(shape: Shape) -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("layout", ["packed", "transposed", "expanded", "every other number", "reversed and shifted"])
 def test_any_strides(layout: str) -> None:
-    tensors, grad = inputs((2, 3, 18, 6), torch.float32)
+    tensors, grad = inputs((2, 2, 17, 6), torch.float32)
     strided = [*laid_out(tensors[:3], layout), tensors[3]]
     assert_equals_reference(strided, laid_out([grad] * 3, layout)[0])
     # one at a time: strides that are taken for those of another tensor show
@@ -240,7 +240,7 @@ def test_any_strides(layout: str) -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_gradient_that_is_one_number_expanded() -> None:
     """What the backward pass of a sum gives."""
-    tensors, grad = inputs((2, 3, 18, 6), torch.float32)
+    tensors, grad = inputs((2, 2, 17, 6), torch.float32)
     assert_equals_reference(tensors, torch.ones(()).expand_as(grad))
 
 
@@ -248,7 +248,7 @@ def test_gradient_that_is_one_number_expanded() -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_results_are_laid_out_as_documented(dtype: torch.dtype) -> None:
     """Also on the meta device, which is how PyTorch asks for shapes; y and the gradients join their heads without a copy."""
-    tensors, grad = inputs((2, 3, 5, 20), dtype)
+    tensors, grad = inputs((1, 2, 5, 20), dtype)
     meta = gpu_efficient.empty_results(tensors[0].to("meta"), True)
     device_tensors = [x.to(DEVICE) for x in tensors]
     results = gpu_efficient.forward(*device_tensors, training=True)
@@ -274,7 +274,7 @@ def test_nothing_is_kept_without_training() -> None:
 @each_dtype
 @pytest.mark.usefixtures("small_blocks")
 def test_same_inputs_give_the_same_bits_and_stay_as_they_are(dtype: torch.dtype) -> None:
-    tensors, grad = inputs((2, 2, 65, 8), dtype)
+    tensors, grad = inputs((1, 2, 40, 8), dtype)
     before = [x.clone() for x in (*tensors, grad)]
     first, second = (run(tensors, grad) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second))
@@ -287,9 +287,9 @@ def test_same_inputs_give_the_same_bits_and_stay_as_they_are(dtype: torch.dtype)
 @pytest.mark.usefixtures("small_blocks")
 def test_a_head_does_not_depend_on_the_others() -> None:
     """As long as the tokens are split alike."""
-    tensors, grad = inputs((2, 3, 65, 8), torch.float32)
+    tensors, grad = inputs((2, 2, 40, 8), torch.float32)
     *together, _ = run(tensors, grad)
-    for image, head in ((0, 1), (1, 0), (1, 2)):
+    for image, head in ((0, 1), (1, 0)):
         part = slice(image, image + 1), slice(head, head + 1)
         *alone, _ = run([*(x[part] for x in tensors[:3]), tensors[3][head : head + 1].clone()], grad[part])
         assert all(torch.equal(x, y[part]) for x, y in zip(alone, together))
@@ -299,7 +299,7 @@ def test_a_head_does_not_depend_on_the_others() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("position", range(5), ids=["q", "k", "v", "temperature", "grad"])
 def test_what_is_not_finite_stays_in_its_head(position: int, bad: float) -> None:
-    tensors, grad = inputs((1, 3, 18, 8), torch.float32)
+    tensors, grad = inputs((1, 3, 17, 8), torch.float32)
     right = run(tensors, grad)
     everything = [*tensors, grad]
     everything[position][1 if position == 3 else (0, 1, 2, 3)] = bad

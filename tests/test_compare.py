@@ -203,6 +203,26 @@ def test_costs_are_measured_once(tmp_path: Path, memory: list[str], monkeypatch:
         measure()
 
 
+def test_memory_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates, file = candidates_of(DIGITS, ["linear", "softmax", "rfa"], [], SMALL), tmp_path / "a_inference.json"
+    asked: list[str] = []
+
+    def peak_memory(candidate: Candidate, batch_size: int, **_: Any) -> int:
+        asked.append(candidate.name)
+        if asked == ["linear", "softmax"]:
+            raise KeyboardInterrupt
+        return 2**20
+
+    monkeypatch.setattr(model_cost, "peak_memory", peak_memory)
+    with pytest.raises(KeyboardInterrupt):
+        measure_costs(candidates, 1, file, training=False, memory=True, settings=QUICK)
+    timed = [row["seconds"] for row in json.loads(file.read_text())["rows"]]
+    rows = measure_costs(candidates, 1, file, training=False, memory=True, settings=QUICK)
+    assert asked == ["linear", "softmax", "softmax", "rfa"]
+    assert [row["seconds"] for row in rows] == timed
+    assert [row["peak_bytes"] for row in rows] == [2**20] * 3
+
+
 def test_an_output_that_is_not_finite_gets_no_time(tmp_path: Path, memory: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     build = Candidate.build
 

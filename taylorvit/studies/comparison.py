@@ -152,7 +152,7 @@ def candidates_of(task: Path, systems: Sequence[str], layers: Sequence[Path], wo
 def measure_costs(
     candidates: Sequence[Candidate], batch_size: int, file: Path, *, training: bool, memory: bool, settings: Settings
 ) -> list[dict[str, Any]]:
-    """Time the systems' passes side by side, unless the file has them already, and return a row for each.
+    """Time the systems' passes side by side, then read their memory, and return a row for each; what the file has is kept.
 
     A row is a `model_cost.Row`. A system gets a time only if its output is finite, and TaylorShift's also is the reference's;
     what cannot run, or needs more memory than allowed, is a row that says so.
@@ -173,21 +173,36 @@ def measure_costs(
         "measuring": {**dataclasses.asdict(settings), "batch_size": batch_size, "memory": memory},
     }
     if file.exists():
-        return _stored(file, asked)
-    verdicts = {candidate.name: verify(candidate, settings) for candidate in candidates}
-    names = [candidate.name for candidate in candidates]
-    baselines = dict.fromkeys(names, BASELINE if BASELINE in names else names[-1])
-    rows = model_cost.measure_speed(
-        candidates, batch_size, training=training, settings=settings, verdicts=verdicts, baselines=baselines
-    )
-    for candidate, row in zip(candidates, rows):
-        if memory:
+        rows = [model_cost.Row(**row) for row in _stored(file, asked)]
+    else:
+        rows = _timed(candidates, batch_size, training, settings)
+        _store(file, asked, rows)
+    for candidate, row in zip(candidates, rows if memory else ()):
+        if row.status == "ok" and row.peak_bytes is None and not row.note.startswith("memory not measured"):
             model_cost.enter_memory(row, candidate, settings)
+            _store(file, asked, rows)
+    return [dataclasses.asdict(row) for row in rows]
+
+
+def _timed(candidates: Sequence[Candidate], batch_size: int, training: bool, settings: Settings) -> list[model_cost.Row]:
+    names = [candidate.name for candidate in candidates]
+    rows = model_cost.measure_speed(
+        candidates,
+        batch_size,
+        training=training,
+        settings=settings,
+        verdicts={candidate.name: verify(candidate, settings) for candidate in candidates},
+        baselines=dict.fromkeys(names, BASELINE if BASELINE in names else names[-1]),
+    )
+    for row in rows:
         said = f"{row.samples_per_second:.4g} samples/s" if row.samples_per_second else f"{row.status} {row.note}"
-        print(f"{file.stem}: {row.candidate} {said}", flush=True)
-    found = [dataclasses.asdict(row) for row in rows]
-    replace_file(file, json.dumps({**asked, "provenance": provenance(), "rows": found}, indent=1) + "\n")
-    return found
+        print(f"{row.model}, {row.pass_name}: {row.candidate} {said}", flush=True)
+    return rows
+
+
+def _store(file: Path, asked: Mapping[str, Any], rows: Sequence[model_cost.Row]) -> None:
+    content = {**asked, "provenance": provenance(), "rows": [dataclasses.asdict(row) for row in rows]}
+    replace_file(file, json.dumps(content, indent=1) + "\n")
 
 
 def verify(candidate: Candidate, settings: Settings) -> Verdict:

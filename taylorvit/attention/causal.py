@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from taylorvit.attention.linear import EPS, _features
+from taylorvit.attention.linear import EPS, elu_features
 from taylorvit.complexity import head_dimension
 from taylorvit.ops import autocast_off, causal
 from taylorvit.ops.reference import widened
@@ -225,7 +225,7 @@ def check_causal_attention(name: str) -> None:
 def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the features of q and k, and V' = [1, V], in the dtype of the sums."""
     q, k, v = widened(q, k, v)
-    return _features(q), _features(k), causal.with_ones(v)
+    return elu_features(q), elu_features(k), causal.with_ones(v)
 
 
 def _mean(z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     queries, keys, values = widened(q, k, v)
-    phi_q, phi_k = _features(queries), _features(keys)  # (B, H, N, D)
+    phi_q, phi_k = elu_features(queries), elu_features(keys)  # (B, H, N, D)
     if key_mask is not None:
         phi_k = phi_k.masked_fill(~key_mask[:, None, :, None], 0.0)
     numerator = phi_q @ (phi_k.mT @ values)  # (B, H, N, D) @ (B, H, D, D)
@@ -58,7 +58,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tens
     return (numerator / (denominator + EPS)).to(v.dtype)
 
 
-def _features(x: Tensor) -> Tensor:
+def elu_features(x: Tensor) -> Tensor:
     """Return elu(x) + 1: x + 1 from 0 on and exp(x) below, where elu(x) + 1 itself would round exp(x) off."""
     above = x > 0
     return torch.where(above, x + 1, x.masked_fill(above, 0).exp())  # the exp that is not taken may not overflow either

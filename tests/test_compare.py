@@ -272,7 +272,13 @@ def test_page_sets_ours_beside_the_published(tmp_path: Path, memory: list[str], 
     costs = ["cost", "--tasks", str(DIGITS), "--systems", "softmax", "rfa", "linear", "--set", *SMALL, "--seconds", "0.001"]
     monkeypatch.setattr(comparison, "verify", lambda *_: comparison.Verdict(True))
     monkeypatch.setattr(model_cost, "new_row", new_row_without_structure)
-    assert run_tool(monkeypatch, compare.main, *costs, "--min_rounds", "1", "--out", str(tmp_path)) == 0
+    costs += ["--passes", "inference", "training", "--min_rounds", "1"]
+    assert run_tool(monkeypatch, compare.main, *costs, "--out", str(tmp_path)) == 0
+    measured = {pass_name: found["rows"] for (_, pass_name), found in read_costs(tmp_path / "cost").items()}
+    assert {name: {row["pass_name"] for row in rows} for name, rows in measured.items()} == {
+        "inference": {"inference"},
+        "training": {"training"},
+    }
     assert run_tool(monkeypatch, compare.main, "report", "--out", str(tmp_path)) == 0
     page = (tmp_path / "compare.md").read_text()
     assert "| Performer [2, 3, 5] | 35.4* | 50.50 ± 0.71 | 51.00 ± 0.00 | 2 | 0 | 1,234 |" in page
@@ -282,6 +288,10 @@ def test_page_sets_ours_beside_the_published(tmp_path: Path, memory: list[str], 
     assert "| RFA | not yet measured | - | 0 | - |" in page
     assert "on the same test samples: majority class 17.0 %, root operator 36.0 %, visible digits 48.0 %." in page
     assert "Published: single runs of others" in page
+    assert page.index("## ListOps: accuracy") < page.index("## digits_pixels: accuracy")  # the paper's tasks first
+    (line,) = [line for line in page.splitlines() if line.startswith("| RFA | 10 | 2 | ")]
+    assert line.split(" | ")[5] == "3"  # MiB of inference
+    assert line.endswith("| 3 |")
     assert "Budget of every training: 2 epoch(s) of `train`, batch 32, adamw at 0.0016, precision bf16; commit 0123456." in page
     assert all(f"- [{number}] {caveat.text}" in page for number, caveat in enumerate(CAVEATS, 1))
     assert "| system | CIFAR (Pixel) | IMDB (Byte) | ListOps | ImageNet (Ti) | ImageNet (S) |" in page

@@ -192,7 +192,7 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: py
     assert result["settings"]["num_tokens"] == [16, 32]
     with (out / "numerics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(result["errors"]) == 2 * 2 * 2 * 3 * 3 * 5 * 2 * len(numerics.IMPLS)
+    assert len(rows) == len(result["errors"]) == 2 * 2 * 2 * 3 * 3 * 5 * 2 * len({*numerics.IMPLS} - {"triton"})  # on CPU
     assert {row["candidate"] for row in rows} >= {"paper_direct", "taylor_efficient_cpu"}
     tables = (out / "numerics.md").read_text()
     assert tables in capsys.readouterr().out

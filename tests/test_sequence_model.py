@@ -112,11 +112,15 @@ def test_what_it_starts_from() -> None:
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
-def test_a_model_from_meta_is_initialised() -> None:
-    model = SequenceEncoder(device="meta", **SIZES).to_empty(device="cpu")
+@pytest.mark.parametrize("attention", list(ATTENTIONS))
+def test_a_model_from_meta_is_initialised(attention: str) -> None:
+    model = SequenceEncoder(device="meta", attention=attention, **SIZES).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(math.nan)
     model.init_weights()
     torch.testing.assert_close(model.positions, sinusoidal_positions(12, 16))
-    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()] == []
 
 
 def test_layer_decay_counts_layers() -> None:

@@ -112,14 +112,19 @@ class SequenceEncoder(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes else nn.Identity()
         if torch.device(device or "cpu").type != "meta":
-            self.init_weights()
+            self.init_weights(needs_reset=False)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Draw the weights as timm draws those of a ViT, and set the positions; the classifier starts at 0."""
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draw the weights as timm draws those of a ViT, and set the positions; the classifier starts at 0.
+
+        needs_reset: also reset the parameters that their modules set when they are made, as timm's `init_weights` does: they
+        are not set after a model was made on `meta`.
+        """
         self.positions.copy_(sinusoidal_positions(*self.positions.shape, device=self.positions.device))
         self.embedding.reset_parameters()
-        named_apply(partial(init_weights_vit_timm, needs_reset=False), self.blocks)
+        for part in (self.blocks, self.norm):
+            named_apply(partial(init_weights_vit_timm, needs_reset=needs_reset), part, include_root=True)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
         if isinstance(self.head, nn.Linear):

@@ -41,7 +41,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 queries or 16 keys, and a split of the tokens every 32."""
-    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=16, STEP=16, BLOCK_ROWS=128)
+    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=16, STEP=16, BLOCK_ROWS=256)
     monkeypatch.setattr(gpu_efficient, "MIN_SPLIT_TOKENS", 32)
 
 
@@ -182,7 +182,7 @@ def test_lengths_of_vision_transformers(num_tokens: int) -> None:
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize(
     "head_dim",
-    [1, 2, 8, 15, 16, 17, 24, 32, 33, 48, 64, *(pytest.param(D, marks=pytest.mark.slow) for D in (65, 80, 127, 128))],
+    [1, 2, 8, 15, 16, 17, 24, 32, 33, *(pytest.param(D, marks=pytest.mark.slow) for D in (48, 64, 65, 80, 127, 128))],
 )
 def test_head_dimensions(head_dim: int) -> None:
     """Between multiples of 16 the last tile is partly empty, between powers of two whole tiles are."""
@@ -296,8 +296,7 @@ def test_a_head_does_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("position", range(5), ids=["q", "k", "v", "temperature", "grad"])
+@pytest.mark.parametrize(("position", "bad"), [*((i, math.nan) for i in range(5)), (0, math.inf), (2, math.inf)], ids=str)
 def test_what_is_not_finite_stays_in_its_head(position: int, bad: float) -> None:
     tensors, grad = inputs((1, 3, 17, 8), torch.float32)
     right = run(tensors, grad)
@@ -329,10 +328,21 @@ def test_a_length_beyond_the_range_is_nan_not_a_zero_vector(position: int) -> No
     assert y[0, 1, 3 if position == 0 else slice(None)].isnan().all()
 
 
-@pytest.mark.usefixtures("small_blocks")
+def relative_errors(tensors: Sequence[Tensor], grad: Tensor) -> list[float]:
+    """Return the errors of y, dq, dk and dv in the mean square."""
+    results = zip(run(tensors, grad)[:4], in_fp64(tensors, grad))
+    return [((ours.double() - exact).norm() / exact.norm()).item() for ours, exact in results]
+
+
 def test_half_precision_stays_in_its_range() -> None:
-    """Values and gradients of 1e-3 to 1e3: the states of fp16 neither overflow nor lose their digits."""
-    for size in (1e-3, 1e3):
-        tensors, grad = inputs((1, 1, 65, 16), torch.float16)
-        tensors[2] = (size * tensors[2].double()).half()
-        assert_within_budget(tensors, (grad.double() / size).half())
+    """Small and large values and gradients: the states of fp16 neither overflow nor lose their digits."""
+    for value_size, grad_size in ((1e-4, 1), (1e3, 1e-3), (1, 1e-4)):
+        tensors, grad = inputs((1, 1, 600, 16), torch.float16, temperature=20.0)
+        tensors[2] = (value_size * tensors[2].double()).half()
+        assert max(relative_errors(tensors, (grad_size * grad.double()).half())) < 2e-3
+
+
+def test_rounding_of_centred_values_has_no_bias() -> None:
+    """Their errors average out like the values. With a common sign they would not, and y is small next to the values."""
+    tensors, grad = inputs((1, 1, 2000, 8), torch.float16, temperature=8.0)
+    assert max(relative_errors(tensors, grad)) < 8e-4

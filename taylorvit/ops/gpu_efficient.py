@@ -115,7 +115,7 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     block = max(launch.blocks["BLOCK_N"], state_launch.blocks["BLOCK_N"])
     padded_tokens = triton.cdiv(num_tokens, block) * block
     splits, split_tokens = _splits(num_tokens, heads, block, MAX_MOMENT_SPLITS)
-    sums = x.new_empty(heads, splits, 2 * width + 2, width, dtype=torch.float32)
+    sums = x.new_empty(heads, splits, 2 * width + 3, width, dtype=torch.float32)
     units = x.new_empty(heads, sizes["TILES"] * TILE, padded_tokens)
     others = backward or (sums,) * 5  # not used
     kernels.launch(

@@ -12,8 +12,9 @@ state. Features are built in registers, rounded to the inputs' dtype, and never 
     apply_backward  q, g -> dq, dtau                                                 k, v -> dk
 
 Features are of unit vectors without the temperature, which multiplies fp32 sums later, and states are means over the tokens:
-what is rounded to fp16 stays in its range. m is the mean of the values rounded to their dtype, so v - m is exact wherever the
-mean is large. Formulas: README.md. WIDTH is the head dimension D padded to a power of two, at least 16.
+what is rounded to fp16 stays in its range. m is the mean of the values, rounded to a multiple of the spacing of their dtype at
+the largest value. So v - m is exact for large values, and its errors at small ones have no common sign: v minus the very mean
+would be off by the same amount for all values of a binade. Formulas: README.md. WIDTH: D padded to a power of two, at least 16.
 """
 
 from __future__ import annotations
@@ -94,11 +95,11 @@ def moments(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Write the unit vectors x^, and for every split the sums of x^ w^T, omega x^ x^T, omega x^ and w, fp32.
+    """Write the unit vectors x^, and for every split the sums of x^ w^T, omega x^ x^T, omega x^ and w, and max |w|, fp32.
 
     Forward: x = k, w = v, omega = 1. Backward: x = q, w = g = dy / z, omega = delta = g . (y / scale - m); both are written.
     A program writes ROWS rows of the matrices, and those rows of x^; the first of them writes all that is not a matrix.
-    units: (heads, 16 TILES, padded tokens), 0 beyond the last token. partials: (heads, splits, 2 WIDTH + 2, WIDTH).
+    units: (heads, 16 TILES, padded tokens), 0 beyond the last token. partials: (heads, splits, 2 WIDTH + 3, WIDTH).
     Grid: (heads * splits * WIDTH / ROWS,).
     """
     program, part = tl.program_id(0) // (WIDTH // ROWS), tl.program_id(0) % (WIDTH // ROWS)
@@ -110,6 +111,7 @@ def moments(
     gram = tl.zeros([ROWS, WIDTH], tl.float32)
     x_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)  # summed over the rows once, at the end
     w_sum = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    largest = tl.zeros([BLOCK_N, WIDTH], w.dtype.element_ty)
     if BACKWARD:
         offset = tl.load(means + (head * (WIDTH + NUM_VECTORS) + WIDTH + OFFSET) * WIDTH + columns)
     first = (program % num_splits) * tokens_per_split
@@ -139,16 +141,20 @@ def moments(
             gram = tl.dot(tl.trans(own.to(tl.float32)), weighted, gram, input_precision=PRECISION)
             x_sum += weighted
         else:
+            largest = tl.maximum(largest, tl.abs(other))
             gram = tl.dot(tl.trans(own), unit, gram, input_precision=PRECISION)
             x_sum += unit.to(tl.float32)
         linear = tl.dot(tl.trans(own), other, linear, input_precision=PRECISION)
         w_sum += other.to(tl.float32)
-    partials += (head * num_splits + program % num_splits) * (2 * WIDTH + 2) * WIDTH
+    partials += (head * num_splits + program % num_splits) * (2 * WIDTH + 3) * WIDTH
     matrix = own_columns[:, None] * WIDTH + columns[None, :]
     tl.store(partials + matrix, linear)
     tl.store(partials + WIDTH * WIDTH + matrix, gram)
-    tl.store(partials + 2 * WIDTH * WIDTH + columns, tl.sum(x_sum, axis=0), mask=columns < WIDTH * (part == 0))
-    tl.store(partials + (2 * WIDTH + 1) * WIDTH + columns, tl.sum(w_sum, axis=0), mask=columns < WIDTH * (part == 0))
+    partials += 2 * WIDTH * WIDTH + columns
+    is_first = columns < WIDTH * (part == 0)
+    tl.store(partials, tl.sum(x_sum, axis=0), mask=is_first)
+    tl.store(partials + WIDTH, tl.sum(w_sum, axis=0), mask=is_first)
+    tl.store(partials + 2 * WIDTH, tl.max(largest.to(tl.float32), axis=0), mask=is_first)
 
 
 @triton.jit
@@ -162,10 +168,16 @@ def sum_of_splits(partials, offsets, num_splits, stride):
 
 
 @triton.jit
-def mean_value(partials, num_splits, num_tokens, WIDTH: tl.constexpr):
-    """Return the mean of w (WIDTH,) fp32; partials: those of `moments`, of one head."""
-    offsets = (2 * WIDTH + 1) * WIDTH + tl.arange(0, WIDTH)
-    return sum_of_splits(partials, offsets, num_splits, (2 * WIDTH + 2) * WIDTH) / num_tokens
+def mean_and_centre(partials, num_splits, num_tokens, WIDTH: tl.constexpr, dtype: tl.constexpr):
+    """Return the mean of w and the centre m, (WIDTH,) fp32 both; partials: those of `moments`, of one head."""
+    columns = tl.arange(0, WIDTH)
+    mean = sum_of_splits(partials, (2 * WIDTH + 1) * WIDTH + columns, num_splits, (2 * WIDTH + 3) * WIDTH) / num_tokens
+    largest = tl.full([WIDTH], 1e-30, tl.float32)
+    for _ in range(num_splits):
+        largest = tl.maximum(largest, tl.load(partials + (2 * WIDTH + 2) * WIDTH + columns))
+        partials += (2 * WIDTH + 3) * WIDTH
+    spacing = tl.exp2(tl.floor(tl.log2(largest)) - dtype.fp_mantissa_width)
+    return mean, (tl.floor(mean / spacing + 0.5) * spacing).to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -175,7 +187,7 @@ def state(
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, CENTRED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of features(x^) w^T of a split, fp32; CENTRED: of w less its mean m, which is rounded to its dtype.
+    """Write the sums of features(x^) w^T of a split, fp32; CENTRED: of w less the centre m.
 
     A program has LEFT columns of a pair's first tile, so 16 LEFT features, on the M side of its product.
     partials: (heads, splits, pairs * 256, WIDTH). Grid: (heads * splits * pairs * 16 / LEFT,).
@@ -191,8 +203,8 @@ def state(
     units += head * TILES * TILE * padded_tokens
     w = of_head(w, head, num_heads, w_strides)
     if CENTRED:
-        moment_partials += head * num_moment_splits * (2 * WIDTH + 2) * WIDTH
-        centre = mean_value(moment_partials, num_moment_splits, num_tokens, WIDTH).to(w.dtype.element_ty)
+        moment_partials += head * num_moment_splits * (2 * WIDTH + 3) * WIDTH
+        _, centre = mean_and_centre(moment_partials, num_moment_splits, num_tokens, WIDTH, w.dtype.element_ty)
     total = tl.zeros([LEFT * TILE, WIDTH], tl.float32)
     first = split * tokens_per_split
     for start in range(first, tl.minimum(first + tokens_per_split, padded_tokens), BLOCK_N):
@@ -202,7 +214,7 @@ def state(
         values = load_tokens(w, tokens, columns, num_tokens, w_strides, HEAD_DIM)  # (BLOCK_N, WIDTH)
         features = tl.reshape(left[:, None, :] * right[None, :, :], [LEFT * TILE, BLOCK_N])
         if CENTRED:
-            values = values - centre[None, :]  # beyond the last token features are 0
+            values = values - centre.to(values.dtype)[None, :]  # beyond the last token features are 0
         total = tl.dot(features, values, total, input_precision=PRECISION)
     rows = block * LEFT * TILE + tl.arange(0, LEFT * TILE)
     partials += (head * num_splits + split) * num_blocks * LEFT * TILE * WIDTH
@@ -235,11 +247,12 @@ def reduce(
         multiplicity = tl.where(m == n, 1.0, 2.0)
         tl.store(states + offsets, (total * (multiplicity * SCALE / num_tokens)).to(states.dtype.element_ty))
     else:
-        size: tl.constexpr = (2 * WIDTH + 2) * WIDTH
+        size: tl.constexpr = (2 * WIDTH + 3) * WIDTH
         moment_partials += head * num_moment_splits * size
         means += head * (WIDTH + NUM_VECTORS) * WIDTH
-        mean = mean_value(moment_partials, num_moment_splits, num_tokens, WIDTH)
-        centre = mean.to(states.dtype.element_ty).to(tl.float32) if CENTRED else mean
+        mean, centre = mean_and_centre(moment_partials, num_moment_splits, num_tokens, WIDTH, states.dtype.element_ty)
+        if not CENTRED:
+            centre = mean
         tl.store(means + (WIDTH + CENTRE) * WIDTH + columns, centre)
         tl.store(means + (WIDTH + OFFSET) * WIDTH + columns, mean - centre)
         x_sum = sum_of_splits(moment_partials, 2 * WIDTH * WIDTH + columns, num_moment_splits, size) / num_tokens

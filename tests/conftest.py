@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it on a GPU
 if not torch.cuda.is_available():
     # Triton's own switch: its kernels then run on CPU, step by step. Read when triton is imported, which the next line does.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -59,28 +59,34 @@ def exact_and_plain(tensors: list[Tensor], form: str) -> tuple[list[Tensor], lis
     return attend([x.double() for x in tensors], form, "reference"), attend(tensors, form, "reference")
 
 
-def assert_near(found: list[Tensor], exact: list[Tensor], plain: list[Tensor], num_tokens: int) -> None:
+def assert_near(found: list[Tensor], exact: list[Tensor], plain: list[Tensor]) -> None:
     """Check error <= 2 error of the reference + rounding, relative to the tensor's largest number.
 
-    Matrix products round the unit vectors and the weights to the inputs' dtype: half a unit each, in the mean of many.
+    In 16 bits the products' operands are rounded as well, which the reference does not do; the gradients of q, k and above all
+    of the temperature are differences of larger numbers (with one token, of two equal ones). test_gpu_direct and
+    test_gpu_efficient hold them to a model of that rounding.
     """
+    num_tokens, dtype = found[0].shape[2], found[0].dtype
     largest = max(float(x.abs().max()) for x in exact)
+    units = {"y": 1, "dq": 4, "dk": 4, "dv": 2, "dtemperature": 8} if dtype != torch.float32 else {}
     for name, ours, theirs, truth in zip(("y", "dq", "dk", "dv", "dtemperature"), found, plain, exact, strict=True):
         assert ours.isfinite().all(), name
-        scale = max(float(truth.abs().max()), 1e-3 * largest)
+        scale = max(float(truth.abs().max()), max(1e-3, 0.1 / num_tokens) * largest)
         error, own = (float((x.double() - truth).abs().max()) / scale for x in (ours, theirs))
-        wide = torch.finfo(torch.float32).eps * (128 + 8 * math.sqrt(num_tokens))
-        assert error <= 2 * own + torch.finfo(found[0].dtype).eps + wide, f"{name}: {error:.2e}, reference {own:.2e}"
+        sums = torch.finfo(torch.float32).eps * (128 + 8 * math.sqrt(num_tokens))
+        assert error <= 2 * own + units.get(name, 1) * torch.finfo(dtype).eps + sums, (
+            f"{name}: {error:.2e}, reference {own:.2e}"
+        )
 
 
 @each_form
 @each_dtype
 @pytest.mark.parametrize("head_dim", WIDTHS)
-@pytest.mark.parametrize("num_tokens", [1, 2, 17, 63, 64, 65, 197, 513, 1025])
+@pytest.mark.parametrize("num_tokens", [1, 17, 64, 65, 197, 513, 1025])
 def test_results_stay_within_the_rounding_of_the_inputs(form: str, dtype: torch.dtype, head_dim: int, num_tokens: int) -> None:
-    """Every entry of the launch tables, both ways of the short forward pass, ragged ends; TF32 stays off for the reference."""
+    """Every width of the launch tables, both ways of the direct forward pass, ragged ends; the reference is without TF32."""
     tensors = inputs(num_tokens, head_dim, dtype)
-    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "direct"), num_tokens)
+    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "direct"))
 
 
 @each_form
@@ -88,7 +94,7 @@ def test_results_stay_within_the_rounding_of_the_inputs(form: str, dtype: torch.
 @pytest.mark.parametrize(("num_tokens", "head_dim"), [(4097, 64), (16385, 32), (16385, 16)])
 def test_long_sequences(form: str, dtype: torch.dtype, num_tokens: int, head_dim: int) -> None:
     tensors = inputs(num_tokens, head_dim, dtype, batch=1, heads=2)
-    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "efficient"), num_tokens)
+    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "efficient"))
 
 
 @each_form
@@ -99,7 +105,8 @@ def test_values_with_a_large_mean_and_clustered_keys(form: str, dtype: torch.dty
     tensors = [q, k, v + 10, temperature, grad]
     y = attend(tensors, form, "triton")[0]
     exact = attend([x.double() for x in tensors], "direct", "reference")[0]
-    assert (y.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+    units = 8 if dtype == torch.float32 else 1  # the mean of the values is itself a sum in fp32
+    assert (y.double() - exact).abs().max() <= units * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @each_form
@@ -116,6 +123,7 @@ def test_equal_calls_give_equal_bits(form: str, dtype: torch.dtype, num_tokens: 
 def test_a_cuda_graph_replays_forward_and_backward(form: str) -> None:
     tensors, others = inputs(577, 64, torch.bfloat16), inputs(577, 64, torch.bfloat16, seed=1)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         attend(tensors, form, "triton")  # compiles the kernels
     torch.cuda.current_stream().wait_stream(stream)
@@ -147,16 +155,36 @@ def test_what_the_kernels_do_not_take_goes_to_the_reference() -> None:
             taylor_attention(*tensors, impl="triton")
 
 
-def test_tensors_beyond_the_first_four_gigabytes() -> None:
-    """Offsets of heads and tokens do not fit 32 bits; only the last sample is compared."""
-    shape = (1, 40_000, 3, 12, 64)
-    qkv = torch.zeros(24, *shape[1:], device="cuda", dtype=torch.bfloat16)  # 4.4 GB
-    qkv[-1] = torch.randn(shape[1:], device="cuda").to(torch.bfloat16)
+@each_form
+def test_tensors_beyond_the_first_four_gigabytes(form: str) -> None:
+    """Offsets do not fit 32 bits. Only the last sample is compared; alone, its tokens are split otherwise."""
+    qkv = torch.zeros(24, 40_000, 3, 12, 64, device="cuda", dtype=torch.bfloat16)  # 4.4 GB
+    qkv[-1] = torch.randn(qkv.shape[1:], device="cuda").to(torch.bfloat16)
     temperature = torch.ones(12, device="cuda")
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    y = taylor_attention(q, k, v, temperature, form="efficient", impl="triton")[-1:]
-    exact = taylor_attention(q[-1:], k[-1:], v[-1:], temperature, form="efficient", impl="triton")
-    assert torch.equal(y, exact)
+    y = taylor_attention(q, k, v, temperature, form=form, impl="triton")[-1:].float()
+    alone = taylor_attention(q[-1:], k[-1:], v[-1:], temperature, form=form, impl="triton").float()
+    assert (y - alone).abs().max() <= torch.finfo(torch.bfloat16).eps * alone.abs().max()
+
+
+@each_form
+def test_tensors_that_are_not_aligned(form: str) -> None:
+    """Kernels are compiled anew where a pointer or stride is no multiple of 16."""
+    tensors = inputs(65, 33, torch.bfloat16)
+    shifted = [torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in tensors[:3]]
+    results = [attend(x, form, "triton") for x in (tensors, [*shifted, *tensors[3:]])]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
+@each_form
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_a_gpu_that_is_not_the_current_one(form: str) -> None:
+    tensors = inputs(197, 64, torch.bfloat16)
+    others = [x.to("cuda:1") for x in tensors]
+    assert all(
+        torch.equal(ours, theirs.to(ours.device))
+        for ours, theirs in zip(attend(tensors, form, "triton"), attend(others, form, "triton"))
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ each_operator = pytest.mark.parametrize(
     ("impl", "form"), [(impl, form) for impl in ("cpu", "triton") for form in ("direct", "efficient")]
 )
 DEVICE = {"cpu": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+HALF = {"cpu": torch.bfloat16, "triton": torch.bfloat16 if torch.cuda.is_available() else torch.float16}  # the interpreter's
 DTYPES = {
     "cpu": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    "triton": (torch.float16, torch.float32),  # in the interpreter
+    "triton": (HALF["triton"], torch.float32),
 }
-HALF = {"cpu": torch.bfloat16, "triton": torch.float16}
 SHAPE: dict[str, Shape] = {"cpu": (2, 3, 11, 6), "triton": (2, 1, 5, 4)}  # the interpreter takes its time
 OPCHECKS: list[tuple[str, Shape, torch.dtype]] = [
     ("cpu", (2, 3, 11, 6), torch.float32),
@@ -40,7 +40,7 @@ OPCHECKS: list[tuple[str, Shape, torch.dtype]] = [
     ("cpu", (3, 1, 8, 4), torch.bfloat16),
     ("cpu", (1, 1, 1, 1), torch.float16),
     ("cpu", (2, 3, 0, 4), torch.float32),
-    ("triton", (1, 2, 5, 4), torch.float16),
+    ("triton", (1, 2, 5, 4), HALF["triton"]),
     ("triton", (2, 3, 0, 4), torch.float32),
 ]
 

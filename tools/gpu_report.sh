@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure everything on a new GPU, in about two hours, into results/gpu: bash tools/gpu_report.sh
+# Measure everything on a new GPU, in two to three hours, into results/gpu: bash tools/gpu_report.sh
 #
 # Each step has a log and a mark when it is done; a second call goes on with what is missing or has failed. What is slow comes
 # last. PYTHON chooses the interpreter. The table of crossings is written beside the others: copy its entry "triton" into
@@ -36,7 +36,7 @@ ours=(taylor_direct_triton taylor_efficient_triton taylor_auto sdpa sdpa_cudnn s
 shapes=(--batch_size 16 --width 192 --head_dim 64 32 16 --num_tokens 197 577 1025 4097)
 softmax=(taylorshift softmax_cudnn softmax_flash softmax)
 
-step verify 10 -m pytest -q -m gpu
+step verify 45 -m pytest -q -m "" tests/test_gpu*.py tests/test_operators.py
 step limits 2 tools/gpu_limits.py --out "$out/limits.json"
 attention peers_forward 10 "${shapes[@]}" --memory
 attention peers_training 15 "${shapes[@]}" --memory --pass training

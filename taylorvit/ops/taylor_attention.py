@@ -107,9 +107,10 @@ def taylor_attention_weights(q: Tensor, k: Tensor, temperature: Tensor, *, key_m
 def resolve_form(num_tokens: int, head_dim: int, form: str = "auto", *, impl: str, training: bool = False) -> str:
     """Return "direct" or "efficient"; "auto" takes the faster one for this many tokens.
 
-    The switch is where the efficient form was measured to overtake the direct one, for the head dimension, the implementation
-    and forward or training, between two measured head dimensions interpolated (`form_table`). Elsewhere it is the paper's N0,
-    where the operations are equal (`complexity.flops_crossover`). The choice depends on nothing but the arguments.
+    The switch is where the efficient form was measured to overtake the direct one (on GPU, counted until it is measured), for
+    the head dimension, the implementation and forward or training, between two head dimensions interpolated (`form_table`).
+    Elsewhere it is the paper's N0, where the operations are equal (`complexity.flops_crossover`). The choice depends on
+    nothing but the arguments.
 
     Args:
         num_tokens: N.

@@ -141,7 +141,7 @@ def moments(
             gram = tl.dot(tl.trans(own.to(tl.float32)), weighted, gram, input_precision=PRECISION)
             x_sum += weighted
         else:
-            largest = tl.maximum(largest, tl.abs(other))
+            largest = tl.maximum(largest, tl.abs(other)).to(other.dtype)  # which makes fp32 of bf16
             gram = tl.dot(tl.trans(own), unit, gram, input_precision=PRECISION)
             x_sum += unit.to(tl.float32)
         linear = tl.dot(tl.trans(own), other, linear, input_precision=PRECISION)

@@ -88,7 +88,7 @@ def power_of_two(x):
     return tl.exp2(-tl.floor(tl.log2(largest)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_splits"])
 def moments(
     x, w, units, partials, row_means, deviations, means, g, delta, x_strides, w_strides, num_heads, num_tokens, num_splits,
     tokens_per_split, padded_tokens,
@@ -180,7 +180,7 @@ def mean_and_centre(partials, num_splits, num_tokens, WIDTH: tl.constexpr, dtype
     return mean, (tl.floor(mean / spacing + 0.5) * spacing).to(dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_moment_splits"])
 def state(
     units, w, moment_partials, partials, w_strides, num_heads, num_tokens, num_moment_splits, num_splits, tokens_per_split,
     padded_tokens,
@@ -221,7 +221,7 @@ def state(
     tl.store(partials + rows[:, None] * WIDTH + columns[None, :], total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_splits", "num_moment_splits"])
 def reduce(
     partials, moment_partials, states, means, num_tokens, num_splits, num_moment_splits,
     WIDTH: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, CENTRED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -269,7 +269,7 @@ def reduce(
             tl.store(states + num_rows * WIDTH + offsets, (linear * SCALE).to(states.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def apply(
     x, states, means, temperature, y, deviations, row_means, x_strides, y_strides, num_heads, num_tokens, scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, TILES: tl.constexpr, SCALE: tl.constexpr, FORWARD: tl.constexpr,
@@ -356,7 +356,7 @@ def expand(states, expanded, WIDTH: tl.constexpr, TILES: tl.constexpr):
     tl.store(expanded + (head * TILES * TILES + block) * FEATURES * WIDTH + rows * WIDTH + columns, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def apply_backward(
     x, w, delta, expanded, states, means, centres, temperature, dx, dtemperature, x_strides, w_strides, dx_strides, num_heads,
     num_tokens, scale,

@@ -32,7 +32,8 @@ def _table() -> dict[tuple[str, int, int], Launch]:
     table = {}
     for width in WIDTHS:
         wide, warps = width == 128, 8 if width >= 64 else 4
-        table["moments", width, 16] = Launch({"BLOCK_N": 32 if width >= 64 else 64, "ROWS": min(width, 64)}, warps, 2)
+        tokens = {16: 64, 32: 64, 64: 32, 128: 16}[width]
+        table["moments", width, 16] = Launch({"BLOCK_N": tokens, "ROWS": min(width, 64)}, warps, 2)
         table["moments", width, 32] = Launch({"BLOCK_N": 16, "ROWS": 32 if wide else width}, warps, 1)
         table["state", width, 16] = Launch({"BLOCK_N": 64, "LEFT": 16}, 8 if wide else 4, 3)
         table["state", width, 32] = Launch({"BLOCK_N": 32, "LEFT": 4 if wide else 8}, 8, 1)

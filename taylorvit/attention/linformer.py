@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from taylorvit.attention.multi_head import MultiHeadAttention
+from taylorvit.attention.multi_head import MultiHeadAttention, draw_uniform
 from taylorvit.attention.option_checks import check_switch, check_whole_number
 from taylorvit.ops import without_autocast
 from taylorvit.ops.reference import widened
@@ -91,16 +91,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, key_projection: Tensor, value_pr
     keys, values = E.mT @ keys, F.mT @ values  # (B, H, k, D)
     scores = queries @ keys.mT / math.sqrt(q.shape[-1])  # (B, H, N, k)
     return (scores.softmax(dim=-1) @ values).to(v.dtype)
-
-
-@torch.no_grad()
-def draw_uniform(parameters: list[nn.Parameter], bound: float) -> None:
-    """Fill parameters from U(-bound, bound), seeded by PyTorch's global CPU generator but without moving that on."""
-    with torch.random.fork_rng(devices=[]):
-        seed = int(torch.randint(2**62, (), device="cpu"))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in parameters:
-        parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 torch.fx.wrap("linformer_attention")  # looks at shapes that FX tracing does not know: a single node of a traced graph

@@ -110,4 +110,14 @@ def read_key_mask(
     return attn_mask[:, 0, 0]
 
 
+@torch.no_grad()
+def draw_uniform(parameters: list[nn.Parameter], bound: float) -> None:
+    """Fill parameters from U(-bound, bound), seeded by PyTorch's global CPU generator but without moving that on."""
+    with torch.random.fork_rng(devices=[]):
+        seed = int(torch.randint(2**62, (), device="cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.copy_(torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator))
+
+
 torch.fx.wrap("read_key_mask")  # looks at values and shapes that FX tracing does not know: a single node of a traced graph

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from taylorvit.attention.linformer import draw_uniform
-from taylorvit.attention.multi_head import MultiHeadAttention
+from taylorvit.attention.multi_head import MultiHeadAttention, draw_uniform
 from taylorvit.attention.option_checks import check_whole_number
 from taylorvit.ops import without_autocast
 from taylorvit.ops.reference import widened

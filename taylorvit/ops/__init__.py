@@ -1,5 +1,6 @@
 """TaylorShift attention as one operation. Knows PyTorch and the cost formulas only: it can be lifted out."""
 
+from .operators import wants_gradient
 from .taylor_attention import (
     DEVICE_TYPES,
     FASTEST,
@@ -13,7 +14,6 @@ from .taylor_attention import (
     resolve_impl,
     taylor_attention,
     taylor_attention_weights,
-    wants_gradient,
     without_autocast,
 )
 

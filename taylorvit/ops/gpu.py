@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..complexity import quadratic_features
-from .operators import Tensors, empty_like_tokens, refuse_forward_mode, register_gradient, register_operations
+from .operators import Tensors, empty_like_tokens, refuse_forward_mode, register_gradient, register_operations, wants_gradient
 
 DEVICE_TYPES = ("cuda", "meta")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -69,18 +69,13 @@ def _look_for_missing() -> str | None:
 def direct(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Compute the attention in O(N^2 D) operations, tile by tile. Arguments and result as in `reference.direct`."""
     refuse_forward_mode("triton", q, k, v, temperature)
-    return _direct(q, k, v, temperature, _keeps(q, k, v, temperature))[0]
+    return _direct(q, k, v, temperature, wants_gradient(q, k, v, temperature))[0]
 
 
 def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     """Compute the attention in O(N D^3) operations, chunk by chunk. Arguments and result as in `reference.efficient`."""
     refuse_forward_mode("triton", q, k, v, temperature)
-    return _efficient(q, k, v, temperature, _keeps(q, k, v, temperature))[0]
-
-
-def _keeps(*tensors: Tensor) -> bool:
-    """Whether a backward pass may follow, for which results have to be kept."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return _efficient(q, k, v, temperature, wants_gradient(q, k, v, temperature))[0]
 
 
 def _kernels(form: str) -> ModuleType:

@@ -18,7 +18,6 @@ from .operators import empty_like_tokens
 
 Arguments = tuple[Tensor | int | float, ...]
 
-MAX_HEAD_DIM = 128
 MAX_FUSED_TOKENS = 512  # longer sequences prepare their keys in a launch of its own
 
 
@@ -185,13 +184,8 @@ def _grid(q: Tensor, launch: Launch, block: str) -> tuple[int, int]:
 
 
 def _sizes(q: Tensor) -> dict[str, int]:
-    return {"HEAD_DIM": q.shape[-1], "WIDTH": _width(q)}
-
-
-def _width(q: Tensor) -> int:
-    """Return the head dimension as the kernels pad it: matrix products take powers of two from 16."""
-    return max(16, triton.next_power_of_2(q.shape[-1]))
+    return {"HEAD_DIM": q.shape[-1], "WIDTH": kernels.padded_width(q.shape[-1])}
 
 
 def _launch(name: str, q: Tensor) -> Launch:
-    return TABLE[name, _width(q), 8 * q.element_size()]
+    return TABLE[name, kernels.padded_width(q.shape[-1]), 8 * q.element_size()]

@@ -13,7 +13,6 @@ from . import kernels, kernels_efficient
 from .kernels import Launch
 from .operators import empty_like_tokens
 
-MAX_HEAD_DIM = 128
 TILE, FEATURES = 16, 256  # columns of a tile, products of a pair of tiles
 WIDTHS = (16, 32, 64, 128)  # the head dimension padded to a power of two
 
@@ -102,7 +101,7 @@ def backward(
 
 def _empty_means(q: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
     """Make room for the means and the states that `_collect` writes."""
-    heads, width = q.shape[:2], _width(q)
+    heads, width = q.shape[:2], kernels.padded_width(q.shape[-1])
     rows = _pairs(q) * FEATURES + width
     means = q.new_empty((*heads, width + 3, width) if needed else (0,), dtype=torch.float32)
     return means, q.new_empty((*heads, rows, width) if needed else (0,))
@@ -111,7 +110,7 @@ def _empty_means(q: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
 def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple[Tensor, ...] = ()) -> None:
     """Sum over the tokens: of keys and values, or of queries and the gradient of y, with what `backward` holds for that."""
     batch, num_heads, num_tokens, _ = x.shape
-    heads, width, sizes = batch * num_heads, _width(x), _sizes(x)
+    heads, width, sizes = batch * num_heads, kernels.padded_width(x.shape[-1]), _sizes(x)
     launch, state_launch = _launch("moments", x), _launch("state", x)
     block = max(launch.blocks["BLOCK_N"], state_launch.blocks["BLOCK_N"])
     padded_tokens = triton.cdiv(num_tokens, block) * block
@@ -171,7 +170,7 @@ def _apply(
         *(x, state, means, temperature, y, deviations, row_means, x.stride(), y.stride(), num_heads, num_tokens),
         math.sqrt(num_tokens / head_dim),
         config=launch,
-        SCALE=_scale(_width(x)),
+        SCALE=_scale(kernels.padded_width(x.shape[-1])),
         **_sizes(x),
         **options,
     )
@@ -190,7 +189,7 @@ def _apply_backward(
 ) -> Tensor:
     """Compute dq, or dk for KEYS, and return dtemperature (H,), for queries only."""
     batch, num_heads, num_tokens, head_dim = x.shape
-    heads, width, sizes = batch * num_heads, _width(x), _sizes(x)
+    heads, width, sizes = batch * num_heads, kernels.padded_width(x.shape[-1]), _sizes(x)
     tiles = sizes["TILES"]
     expanded = x.new_empty(heads, tiles**2 * FEATURES, width)
     expand = _launch("expand", x)
@@ -219,17 +218,18 @@ def _splits(num_tokens: int, programs: int, block: int, most: int = 2**30) -> tu
 
 
 def _launch(kernel: str, x: Tensor) -> Launch:
-    return TABLE[kernel, _width(x), 8 * x.element_size()]
+    return TABLE[kernel, kernels.padded_width(x.shape[-1]), 8 * x.element_size()]
 
 
 def _sizes(x: Tensor) -> Sizes:
     """Return what a kernel is compiled for. TF32 would be too coarse for fp32 inputs; three products of it are not."""
     precision = "tf32x3" if x.dtype == torch.float32 else "tf32"
-    return {"HEAD_DIM": x.shape[-1], "WIDTH": _width(x), "TILES": triton.cdiv(x.shape[-1], TILE), "PRECISION": precision}
-
-
-def _width(x: Tensor) -> int:
-    return max(TILE, triton.next_power_of_2(x.shape[-1]))
+    return {
+        "HEAD_DIM": x.shape[-1],
+        "WIDTH": kernels.padded_width(x.shape[-1]),
+        "TILES": triton.cdiv(x.shape[-1], TILE),
+        "PRECISION": precision,
+    }
 
 
 def _pairs(x: Tensor) -> int:

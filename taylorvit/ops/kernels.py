@@ -40,6 +40,11 @@ class Launch:
     num_stages: int
 
 
+def padded_width(head_dim: int) -> int:
+    """Return the head dimension as the kernels pad it: matrix products take powers of two from 16."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, config: Launch, **constexprs: Any) -> None:
     """Run a kernel. All launches go through here, as `kernels.launch`, so that a program can compile them without a GPU."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

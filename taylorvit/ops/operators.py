@@ -57,6 +57,11 @@ def register_operations(operator: Callable[..., Any], count: Callable[[Any], int
         return count(shape)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow an operation on these tensors."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
 def empty_like_tokens(q: Tensor) -> Tensor:
     """Return an empty (B, H, N, D), stored as (B, N, H, D): to join the heads, which comes next, needs no copy then."""
     batch, num_heads, num_tokens, head_dim = q.shape

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, form_table, gpu, reference
+from .operators import wants_gradient
 from .padding import attend_to_some
 
 Form = Literal["auto", "direct", "efficient"]
@@ -155,11 +156,6 @@ def obstacle(impl: str, device_type: str, dtype: torch.dtype | None = None, head
         return gpu.obstacle(device_type, dtype, head_dim)
     allowed = DEVICE_TYPES.get(impl, (device_type,))
     return None if device_type in allowed else f"runs on {', '.join(allowed)} only, got tensors on {device_type}"
-
-
-def wants_gradient(*tensors: Tensor) -> bool:
-    """Whether a backward pass may follow an operation on these tensors."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def check_form(form: str) -> None:

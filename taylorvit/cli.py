@@ -48,6 +48,14 @@ def need_matplotlib() -> None:
         raise ValueError("the picture needs matplotlib: pip install -r requirements-dev.txt")
 
 
+def need_device(device: str) -> None:
+    """Raise ValueError, before any work, for a GPU that is asked for and not there."""
+    import torch  # here: this module itself needs only the standard library
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no GPU here")
+
+
 def positive_int(text: str) -> int:
     """Read a whole number above 0 from the command line; beyond MOST, sizes leave the range of what can be addressed."""
     if not text.isdecimal() or int(text) == 0:

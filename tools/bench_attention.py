@@ -43,7 +43,7 @@ from taylorvit.benchmark.limits import read_limits
 from taylorvit.benchmark.measure import GIB, Settings, measure
 from taylorvit.benchmark.peers import Peer, all_peers
 from taylorvit.benchmark.report import ResultFiles, draw, markdown_table
-from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program, thread_count
+from taylorvit.cli import need_device, need_matplotlib, positive_float, positive_int, run_program, thread_count
 from taylorvit.provenance import provenance
 from taylorvit.suggest import nearest
 
@@ -128,8 +128,7 @@ def read_options() -> argparse.Namespace:
     for name, value in (ON_GPU if options.device == "cuda" else ON_CPU).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    need_device(options.device)
     if options.device == "cpu" and (options.limits or options.deterministic):
         raise ValueError("--limits and --deterministic belong to a GPU: give --device cuda")
     return options

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from taylorvit.benchmark.measure import GIB
-from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program, thread_count
+from taylorvit.cli import need_device, need_matplotlib, positive_float, positive_int, run_program, thread_count
 from taylorvit.config import ModelConfig
 from taylorvit.config_loading import load_config
 from taylorvit.models import SEQUENCE_NAMES, random_inputs
@@ -187,8 +187,7 @@ def measure_case(
 
 def check_machine(options: argparse.Namespace) -> None:
     """Raise ValueError for a GPU or a package that is asked for and not there."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    need_device(options.device)
     if options.device == "cpu" and options.mode == "cuda_graph":
         raise ValueError("--mode cuda_graph needs a GPU: give --device cuda")
     need_matplotlib()

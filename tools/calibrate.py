@@ -35,7 +35,7 @@ from taylorvit.benchmark.check import check
 from taylorvit.benchmark.crossing import find_crossing
 from taylorvit.benchmark.peers import Peer, all_peers
 from taylorvit.benchmark.timing import capture_graph, compare
-from taylorvit.cli import positive_float, positive_int, run_program, thread_count
+from taylorvit.cli import need_device, positive_float, positive_int, run_program, thread_count
 from taylorvit.complexity import flops_crossover
 from taylorvit.ops import FASTEST, IMPLEMENTATIONS
 from taylorvit.ops.form_table import PATH
@@ -141,8 +141,7 @@ def read_options() -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.impl = options.impl or FASTEST[options.device]
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    need_device(options.device)
     return options
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from taylorvit.benchmark.measure import GIB
-from taylorvit.cli import positive_float, positive_int, run_program, thread_count
+from taylorvit.cli import need_device, positive_float, positive_int, run_program, thread_count
 from taylorvit.studies import comparison, comparison_report
 from taylorvit.studies.comparison import build_cells, candidates_of, find_task, measure_costs
 from taylorvit.studies.model_candidates import PRECISIONS
@@ -87,8 +87,7 @@ def train(options: argparse.Namespace) -> None:
 
 def cost(options: argparse.Namespace) -> None:
     """Measure every task and pass that has no file yet."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    need_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = Settings(

@@ -51,7 +51,7 @@ from taylorvit.benchmark.crossing_report import RIVALS, Row, draw, markdown_tabl
 from taylorvit.benchmark.measure import GIB
 from taylorvit.benchmark.peers import Peer, all_peers, prepare_call
 from taylorvit.benchmark.timing import CandidateError, compare
-from taylorvit.cli import need_matplotlib, one_line, positive_float, positive_int, run_program, thread_count
+from taylorvit.cli import need_device, need_matplotlib, one_line, positive_float, positive_int, run_program, thread_count
 from taylorvit.ops import IMPLEMENTATIONS
 from taylorvit.provenance import provenance
 from taylorvit.run_folder import replace_file
@@ -299,8 +299,7 @@ def prepare(options: argparse.Namespace) -> None:
     Raises:
         ValueError: something that is needed is missing here.
     """
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    need_device(options.device)
     need_matplotlib()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -28,7 +28,7 @@ import torch
 
 from taylorvit.attention import ATTENTIONS
 from taylorvit.benchmark.measure import GIB
-from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program, thread_count
+from taylorvit.cli import need_device, need_matplotlib, positive_float, positive_int, run_program, thread_count
 from taylorvit.config import ModelConfig
 from taylorvit.config_loading import config_to_dict, load_config
 from taylorvit.provenance import provenance
@@ -88,8 +88,7 @@ def main() -> int:
     """Command line -> trainings and measurements -> tables and picture."""
     options = build_parser().parse_args()
     need_matplotlib()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    need_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     cells = build_cells(options)

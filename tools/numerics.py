@@ -21,10 +21,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 from taylorvit.benchmark.case import DTYPES, Case
-from taylorvit.cli import need_matplotlib, positive_float, positive_int, run_program
+from taylorvit.cli import need_device, need_matplotlib, positive_float, positive_int, run_program
 from taylorvit.ops import DEVICE_TYPES
 from taylorvit.provenance import provenance
 from taylorvit.studies import numerics, numerics_sizes
@@ -59,8 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise ValueError for what argparse lets through, and make the folder; --impl gets its default."""
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch sees no GPU here")
+    need_device(options.device)
     need_matplotlib()
     if options.impl is None:
         options.impl = [impl for impl in numerics.IMPLS if options.device in DEVICE_TYPES.get(impl, (options.device,))]

@@ -35,3 +35,12 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `empty` returns with NaN: a number that is forgotten shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

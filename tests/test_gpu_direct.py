@@ -8,35 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from kernel_checks import DEVICE, DTYPES, each_dtype, needs_kernels, replace_blocks, results_of
 from test_cpu_ops import RESULTS, Shape, in_fp64, inputs, laid_out
 from torch import Tensor
 
-from taylorvit.ops import reference
+from taylorvit.ops import gpu_direct, kernels, reference
 
-pytest.importorskip("triton")
-from taylorvit.ops import gpu_direct, kernels
-
-DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
-DTYPES = (torch.float16, torch.float32) if kernels.INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
-
-pytestmark = pytest.mark.skipif(
-    not kernels.INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
-)
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 each_variant = pytest.mark.parametrize("variant", ["one launch", "prepared keys"])
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +33,12 @@ def _variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def use_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int) -> None:
     """Make all blocks `rows` queries or `columns` keys long."""
-    sizes = {"BLOCK_M": rows, "BLOCK_N": columns}
-    table = {
-        key: replace(launch, blocks={name: sizes[name] for name in launch.blocks}) for key, launch in gpu_direct.TABLE.items()
-    }
-    monkeypatch.setattr(gpu_direct, "TABLE", table)
+    replace_blocks(monkeypatch, gpu_direct, BLOCK_M=rows, BLOCK_N=columns)
 
 
 def run(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """Return y and the gradients of q, k, v and temperature, on CPU, whichever device computes them. Strides are kept."""
-    q, k, v, temperature = (x.to(DEVICE) for x in tensors)
-    y, *saved = gpu_direct.forward(q, k, v, temperature, training=True)
-    return [x.cpu() for x in (y, *gpu_direct.backward(grad.to(DEVICE), q, k, v, temperature, *saved))]
+    """Return y and the gradients of q, k, v and temperature."""
+    return results_of(gpu_direct, tensors, grad)
 
 
 # ---- accuracy

@@ -8,56 +8,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from kernel_checks import DEVICE, DTYPES, each_dtype, needs_kernels, replace_blocks, results_of
 from test_cpu_ops import RESULTS, Shape, in_fp64, inputs, laid_out, rounding_units
 from torch import Tensor
 
-from taylorvit.ops import reference
+from taylorvit.ops import gpu_efficient, reference
 
-pytest.importorskip("triton")
-from taylorvit.ops import gpu_efficient, kernels
-
-DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
-DTYPES = (torch.float16, torch.float32) if kernels.INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
-
-pytestmark = pytest.mark.skipif(
-    not kernels.INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
-)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 32 queries or 16 keys, and a split of the tokens every 32."""
-    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=16, STEP=16, BLOCK_ROWS=256)
+    replace_blocks(monkeypatch, gpu_efficient, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=16, STEP=16, BLOCK_ROWS=256)
     monkeypatch.setattr(gpu_efficient, "MIN_SPLIT_TOKENS", 32)
 
 
-def use_blocks(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
-    table = {
-        key: replace(launch, blocks={name: sizes[name] for name in launch.blocks})
-        for key, launch in gpu_efficient.TABLE.items()
-    }
-    monkeypatch.setattr(gpu_efficient, "TABLE", table)
-
-
 def run(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """Return y and the gradients of q, k, v and temperature, on CPU, whichever device computes them. Strides are kept."""
-    q, k, v, temperature = (x.to(DEVICE) for x in tensors)
-    y, *saved = gpu_efficient.forward(q, k, v, temperature, training=True)
-    return [x.cpu() for x in (y, *gpu_efficient.backward(grad.to(DEVICE), q, k, v, temperature, *saved))]
+    """Return y and the gradients of q, k, v and temperature."""
+    return results_of(gpu_efficient, tensors, grad)
 
 
 # ---- accuracy
@@ -191,7 +165,7 @@ def test_head_dimensions(head_dim: int) -> None:
 
 @pytest.mark.parametrize("left", [4, 8, 16])
 def test_pieces_of_a_pair_of_tiles(left: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_blocks(monkeypatch, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=left, STEP=16, BLOCK_ROWS=64)
+    replace_blocks(monkeypatch, gpu_efficient, BLOCK_M=32, BLOCK_N=16, ROWS=16, LEFT=left, STEP=16, BLOCK_ROWS=64)
     assert_equals_reference(*inputs((1, 1, 18, 24), torch.float32))
 
 

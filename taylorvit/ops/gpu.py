@@ -150,8 +150,6 @@ register_gradient(_efficient, _efficient_backward, "triton")
 
 
 def _forward(form: str, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, training: bool) -> Tensors:
-    if not q.numel():
-        return tuple(x.zero_() for x in _kernels(form).empty_results(q, training))
     with torch.cuda.device_of(q):  # kernels run on the current device, which need not be that of the tensors
         return _kernels(form).forward(q, k, v, temperature.float().contiguous(), training)
 
@@ -159,8 +157,6 @@ def _forward(form: str, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, tr
 def _backward(
     form: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, *saved: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if not q.numel():
-        return empty_like_tokens(q), empty_like_tokens(q), empty_like_tokens(q), torch.zeros_like(temperature)
     with torch.cuda.device_of(q):
         dq, dk, dv, dtemperature = _kernels(form).backward(grad, q, k, v, temperature.float().contiguous(), *saved)
     return dq, dk, dv, dtemperature.to(temperature.dtype)

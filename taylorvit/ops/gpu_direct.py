@@ -95,7 +95,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, training: bool
     results = empty_results(q, training)
     num_heads, num_tokens, head_dim = q.shape[1:]
     if not q.numel():
-        return results
+        return tuple(x.zero_() for x in results)  # without tokens, what is saved is 0
     is_short = num_tokens <= MAX_FUSED_TOKENS
     # Kernels take no None: for a short sequence the sums are any tensor, and not read.
     keys, value_sums, num_parts = (k, temperature, 0) if is_short else _prepare_keys(k, v)

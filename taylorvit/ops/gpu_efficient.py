@@ -66,7 +66,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, training: bool
     """Return y and what is saved, filled; q, k, v: (B, H, N, D) of one dtype and any strides, temperature: (H,) fp32."""
     results = empty_results(q, training)
     if not q.numel():
-        return results
+        return tuple(x.zero_() for x in results)  # without tokens, what is saved is 0
     y, deviations, row_means, means, state = results
     if not training:
         means, state = _empty_means(q, True)

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .reference import A, B, C, taylor_weights, unit_vectors, widened
-from .taylor_attention import apply_autocast, check_inputs, without_autocast
+from .taylor_attention import apply_autocast, autocast_off, check_inputs, without_autocast
 
 CHUNK_SIZE = 64
 
@@ -134,7 +134,7 @@ def prefill(
     seen = 0 if state is None else state.num_tokens
     if state is not None:
         _check_state(state, q)
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         queries, keys, values = _prepared(q, k, v, temperature)
         before = None if state is None else state.sums
         z, sums = chunked(POLYNOMIAL, queries, keys, values, before, chunk_size=chunk_size, wants_sums=True)
@@ -157,7 +157,7 @@ def step(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, state: State) -> 
     _check_state(state, q)
     if q.shape[-2] != 1:
         raise ValueError(f"a step takes one token, (B, H, 1, D), got q {tuple(q.shape)}")
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast_off(q):
         queries, keys, values = _prepared(q, k, v, temperature)
         state.num_tokens += 1
         z = advance(POLYNOMIAL, queries, keys, values, state.sums)  # (B, H, 1, D + 1)

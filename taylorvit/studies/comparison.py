@@ -20,14 +20,12 @@ from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
 from taylorvit.data.listops import ReferenceLines
 from taylorvit.models import SEQUENCE_NAMES, random_inputs
-from taylorvit.provenance import provenance
-from taylorvit.run_folder import replace_file
 from taylorvit.studies import model_cost
 from taylorvit.studies.model_candidates import Candidate, Verdict, autocast
 from taylorvit.studies.model_passes import Settings, memory_limited
 from taylorvit.studies.options import config_arguments
 from taylorvit.studies.published import SYSTEMS
-from taylorvit.studies.results import summarise
+from taylorvit.studies.results import read_measurement, store_measurement, stored_rows, summarise
 from taylorvit.studies.sweep import FREE_IN_RESULTS, Cell
 from taylorvit.suggest import nearest
 
@@ -173,14 +171,14 @@ def measure_costs(
         "measuring": {**dataclasses.asdict(settings), "batch_size": batch_size, "memory": memory},
     }
     if file.exists():
-        rows = [model_cost.Row(**row) for row in _stored(file, asked)]
+        rows = [model_cost.Row(**row) for row in stored_rows(file, asked)]
     else:
         rows = _timed(candidates, batch_size, training, settings)
-        _store(file, asked, rows)
+        store_measurement(file, asked, [dataclasses.asdict(row) for row in rows])
     for candidate, row in zip(candidates, rows if memory else ()):
         if row.status == "ok" and row.peak_bytes is None and not row.note.startswith("memory not measured"):
             model_cost.enter_memory(row, candidate, settings)
-            _store(file, asked, rows)
+            store_measurement(file, asked, [dataclasses.asdict(row) for row in rows])
     return [dataclasses.asdict(row) for row in rows]
 
 
@@ -198,11 +196,6 @@ def _timed(candidates: Sequence[Candidate], batch_size: int, training: bool, set
         said = f"{row.samples_per_second:.4g} samples/s" if row.samples_per_second else f"{row.status} {row.note}"
         print(f"{row.model}, {row.pass_name}: {row.candidate} {said}", flush=True)
     return rows
-
-
-def _store(file: Path, asked: Mapping[str, Any], rows: Sequence[model_cost.Row]) -> None:
-    content = {**asked, "provenance": provenance(), "rows": [dataclasses.asdict(row) for row in rows]}
-    replace_file(file, json.dumps(content, indent=1) + "\n")
 
 
 def verify(candidate: Candidate, settings: Settings) -> Verdict:
@@ -225,26 +218,7 @@ def read_costs(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """
     found = {}
     for file in sorted(folder.glob("*.json")):
-        content = _read(file)
+        content = read_measurement(file, ("models", "measuring"))
         task, _, pass_name = file.stem.rpartition("_")
         found[task, pass_name] = content
     return found
-
-
-def _stored(file: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
-    content = _read(file)
-    before, now = (flatten({key: values[key] for key in ("models", "measuring")}) for values in (content, asked))
-    if different := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
-        shown = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in different[:3])
-        raise ValueError(f"{file} was measured with other settings: {shown}; choose another --out, or remove it")
-    return list(content["rows"])
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        assert content["rows"]
-        assert {"models", "measuring", "provenance"} <= content.keys()
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{file}: it is not a measurement ({error!r}); remove it to measure again") from error
-    return content

@@ -7,7 +7,6 @@ TaylorShift paper (arXiv:2403.02920). Here are the measurements and the theory b
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,13 @@ from taylorvit.complexity import (
     ops_mhsa,
 )
 from taylorvit.config import ModelConfig
-from taylorvit.config_loading import config_to_dict, flatten
+from taylorvit.config_loading import config_to_dict
 from taylorvit.models import attention_forms, build_model
-from taylorvit.provenance import provenance
-from taylorvit.run_folder import replace_file
 from taylorvit.studies import model_cost
 from taylorvit.studies.model_candidates import Candidate, inspect_model
 from taylorvit.studies.model_cost import best_batch_size, enter_memory, measure_speed, verify
 from taylorvit.studies.model_passes import Settings
+from taylorvit.studies.results import store_measurement, stored_rows
 
 FORMS: tuple[Form, ...] = ("direct", "efficient")
 MEASURED = {"direct": "taylorshift_direct", "efficient": "taylorshift_efficient", "softmax": "softmax"}
@@ -65,8 +63,8 @@ def measure_head_counts(
         file, asked = _file(folder, num_heads), _asked(model, num_heads, measuring)
         if not file.exists():
             found = _measure(dataclasses.replace(model, num_heads=num_heads), measuring)
-            replace_file(file, json.dumps({**asked, "provenance": provenance(), "rows": found}, indent=1) + "\n")
-        rows += json.loads(file.read_text(encoding="utf-8"))["rows"]
+            store_measurement(file, asked, found)
+        rows += stored_rows(file, asked)
     return rows
 
 
@@ -74,18 +72,8 @@ def check_measured(model: ModelConfig, head_counts: Sequence[int], measuring: Me
     """Raise ValueError if a measurement in the folder is damaged, or is of another model or made with other settings."""
     for num_heads in head_counts:
         file = _file(folder, num_heads)
-        if not file.exists():
-            continue
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            found = flatten({key: content[key] for key in ("model", "measuring")})
-            assert content["rows"]
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(f"{file}: it is not a measurement ({error!r}); remove it to measure again") from error
-        asked = flatten(_asked(model, num_heads, measuring))
-        if changed := {key: value for key, value in asked.items() if found.get(key) != value}:
-            shown = "; ".join(f"{key} {found.get(key)!r} -> {value!r}" for key, value in changed.items())
-            raise ValueError(f"{file} was measured with other settings: {shown}; choose another --out, or remove it")
+        if file.exists():
+            stored_rows(file, _asked(model, num_heads, measuring))
 
 
 def _file(folder: Path, num_heads: int) -> Path:

@@ -1,4 +1,5 @@
-"""Results of a study: seeds summarised to mean and spread, and one stem in three files, JSON for programs, CSV and Markdown."""
+"""Results of a study: seeds summarised to mean and spread; one stem in three files, JSON for programs, CSV and Markdown; and
+measurements that are kept in a file each, with what was asked for, so that none is made twice or mixed up with another."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from taylorvit.config_loading import flatten
+from taylorvit.provenance import provenance
 from taylorvit.run_folder import replace_file
 
 MEASURES = ("val_top1", "val_loss", "test_top1", "test_loss")
@@ -68,6 +71,40 @@ def write_results(out: Path, stem: str, header: Mapping[str, Any], rows: Sequenc
     writer.writerows(rows)
     replace_file(out / f"{stem}.csv", text.getvalue())
     replace_file(out / f"{stem}.md", markdown + "\n")
+
+
+def store_measurement(file: Path, asked: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows (JSON types) with what was asked for, a mapping of mappings, and where they come from."""
+    replace_file(file, json.dumps({**asked, "provenance": provenance(), "rows": rows}, indent=1) + "\n")
+
+
+def read_measurement(file: Path, asked: Iterable[str]) -> dict[str, Any]:
+    """Return what `store_measurement` wrote, `asked` naming the keys of what was asked for.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        assert content["rows"]
+        assert {*asked, "provenance"} <= content.keys()
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{file}: it is not a measurement ({error!r}); remove it to measure again") from error
+    return content
+
+
+def stored_rows(file: Path, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a file of `store_measurement`.
+
+    Raises:
+        ValueError: the file is damaged, or other things were asked for.
+    """
+    content = read_measurement(file, asked)
+    before, now = (flatten({key: values[key] for key in asked}) for values in (content, asked))
+    if different := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
+        shown = "; ".join(f"{key} {before.get(key)!r} -> {now.get(key)!r}" for key in different)
+        raise ValueError(f"{file} was measured with other settings: {shown}; choose another --out, or remove it")
+    return list(content["rows"])
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], *, rule: str = "---:") -> str:

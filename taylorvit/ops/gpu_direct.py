@@ -36,7 +36,7 @@ TABLE: dict[tuple[str, int, int], Launch] = {
     ("prepare_keys", 32, 32): _blocks(4, 1, N=64),
     ("prepare_keys", 64, 32): _blocks(4, 1, N=32),
     ("prepare_keys", 128, 32): _blocks(4, 1, N=16),
-    ("forward_short", 16, 16): _blocks(4, 2, M=128, N=64),
+    ("forward_short", 16, 16): _blocks(4, 2, M=128, N=32),
     ("forward_short", 32, 16): _blocks(4, 2, M=128, N=32),
     ("forward_short", 64, 16): _blocks(4, 2, M=128, N=32),
     ("forward_short", 128, 16): _blocks(8, 2, M=128, N=32),

@@ -43,7 +43,7 @@ def _table() -> dict[tuple[str, int, int], Launch]:
         )
         table["apply", width, 32] = table["apply_backward", width, 32] = Launch(single, 8, 1)
         for bits in (16, 32):
-            table["reduce", width, bits] = Launch({"BLOCK_ROWS": 32 if width >= 64 else 64}, 4, 1)
+            table["reduce", width, bits] = Launch({"BLOCK_ROWS": 32 if width >= 64 else 64}, 8 if wide else 4, 1)
             table["expand", width, bits] = Launch({}, 8 if wide else 4, 1)
     return table
 

@@ -23,6 +23,7 @@ from taylorvit import report
 from taylorvit.cli import run_program
 from taylorvit.config import Config
 from taylorvit.config_loading import build_parser, flatten, load_config
+from taylorvit.data import format_reference_lines
 from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import Judgement, evaluate_checkpoint
 from taylorvit.suggest import nearest
@@ -124,6 +125,8 @@ def show(judgement: Judgement, options: dict[str, Any]) -> None:
     classes = report.per_class_rows(confusion, judgement.classes)
     for note in judgement.notes:
         print(f"{source.path}: {note}")
+    if judgement.reference_lines:
+        print(f"{source.path}: {format_reference_lines(judgement.reference_lines)}")
     if options["per_class"]:
         report.save_csv(Path(options["per_class"]), classes)
     if options["worst"]:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from taylorvit.config import Config
 from taylorvit.data import (
+    AnyDataset,
     ImageDataset,
     Variant,
     build_dataset,
@@ -20,6 +21,7 @@ from taylorvit.data import (
     check_num_classes,
     check_sequences,
     get_variant,
+    reference_lines,
 )
 from taylorvit.metrics import correct_in_top
 from taylorvit.models import attention_forms, build_model
@@ -112,7 +114,10 @@ def _judge(logits: Tensor, labels: Tensor, indices: Tensor, confusion: Tensor | 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One checkpoint on one data set; `forms` are the attention forms met, `device` and `world_size` what computed it."""
+    """One checkpoint on one data set; `forms` are the attention forms met, `device` and `world_size` what computed it.
+
+    `reference_lines` are the accuracies that the result is to be held against, see `taylorvit.data.reference_lines`.
+    """
 
     source: Source
     config: Config
@@ -121,6 +126,7 @@ class Judgement:
     notes: list[str]
     parameters: int
     forms: list[str]
+    reference_lines: dict[str, float]
     seconds: float
     device: str
     world_size: int
@@ -175,10 +181,18 @@ def evaluate_checkpoint(
         notes=notes,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         forms=list(dict.fromkeys(attention_forms(model))),
+        reference_lines=_reference_lines(config, dataset),
         seconds=time.monotonic() - started,
         device=_device_name(accelerator.device),
         world_size=accelerator.num_processes,
     )
+
+
+def _reference_lines(config: Config, judged: AnyDataset) -> dict[str, float]:
+    """Return the accuracies to hold a result against; they are learned from the training split."""
+    if config.data.dataset != "listops":
+        return {}
+    return reference_lines(build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans), judged)
 
 
 def _device_name(device: torch.device) -> str:

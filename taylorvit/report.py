@@ -55,6 +55,7 @@ def result_row(judgement: Judgement) -> dict[str, Any]:
         "top5": evaluation.top5,
         "loss": None if math.isnan(evaluation.loss) else evaluation.loss,
         "logged_top1": logged,
+        "reference_lines": judgement.reference_lines,
         "notes": judgement.notes,
         "seconds": round(judgement.seconds, 2),
         "device": judgement.device,

@@ -31,7 +31,9 @@ from taylorvit.data import (
     check_sequences,
     dataset_fingerprint,
     epoch_updates,
+    format_reference_lines,
     holds_sequences,
+    reference_lines,
 )
 from taylorvit.distributed import BatchSplit, split_batch
 from taylorvit.metrics import forward_flops, peak_flops
@@ -204,6 +206,7 @@ def _describe_data(session: Session) -> list[str]:
     config, split = session.config, session.split
     kind = "images" if isinstance(session.train_set, ImageDataset) else "sequences"
     left_out = len(session.train_set) - session.updates_per_epoch * split.global_batch_size
+    lines = reference_lines(session.train_set, session.val_set)
     return [
         f"data       {config.data.dataset} at {config.data.root}: {len(session.train_set):,} training and "
         f"{len(session.val_set):,} validation {kind}, {len(session.train_set.classes)} classes",
@@ -211,6 +214,7 @@ def _describe_data(session: Session) -> list[str]:
         f"{split.micro_batch_size} {kind} x {split.accumulation} accumulation step(s)",
         f"updates    {session.updates_per_epoch:,} an epoch x {config.schedule.epochs} epochs = {session.total_updates:,}; "
         f"{left_out} {kind} sit an epoch out, others each time",
+        *([f"to beat    on the validation samples {format_reference_lines(lines)}"] if lines else []),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import statistics
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_same_state, history, tiny_config
+from helpers import ROOT, assert_same_state, history, run_tool, tiny_config
 
+import eval as eval_program
 from taylorvit.checkpoint import list_checkpoints
 from taylorvit.config import AugmentConfig, Config, DataConfig, ModelConfig
 from taylorvit.config_loading import load_config
@@ -385,6 +387,24 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path, tmp_pat
         41,
         41,
     ]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_every_result_stands_beside_its_reference_lines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {"data__train_split": "train[:90%]", "data__val_split": "train[90%:]"}
+    config = run_config(folder, tmp_path / "run", data__num_workers=0, **parts)
+    learned, judged = (build_dataset(config.data, split, in_chans=1).source for split in parts.values())
+    lines = ReferenceLines(learned).accuracy(judged)
+    assert len(set(lines.values())) > 1
+    shown = "without looking inside: " + ", ".join(f"{name} {value:.1f} %" for name, value in lines.items())
+    assert train(config) == 0
+    assert f"to beat    on the validation samples {shown}" in capsys.readouterr().out
+    report = tmp_path / "report.json"
+    assert run_tool(monkeypatch, eval_program.main, str(tmp_path / "run"), "--worst=0", f"--json={report}") == 0
+    assert shown in capsys.readouterr().out
+    assert json.loads(report.read_text())[0]["reference_lines"] == lines
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -112,7 +112,7 @@ def test_per_class_rows_name_the_commonest_mistake() -> None:
 def test_reports_are_read_back(tmp_path: Path) -> None:
     evaluation = Evaluation(samples=8, loss=float("nan"), top1=87.5, top5=100.0, confusion=torch.eye(2))
     source = Source("runs/x", "step", "ema", step=5, metrics={"top1": 1.0, "ema_top1": 87.5})
-    row = result_row(Judgement(source, Config(), evaluation, ["a", "b"], [], 10, ["direct"], 1.0, "cpu", 2))
+    row = result_row(Judgement(source, Config(), evaluation, ["a", "b"], [], 10, ["direct"], {}, 1.0, "cpu", 2))
     assert (row["logged_top1"], row["loss"]) == (87.5, None)
     save_json(tmp_path / "new" / "rows.json", [row])
     assert json.loads((tmp_path / "new" / "rows.json").read_text()) == [row]

@@ -17,7 +17,9 @@ from taylorvit.data.sequences import (
     build_dataset,
     check_no_augment,
     check_sequences,
+    format_reference_lines,
     holds_sequences,
+    reference_lines,
 )
 from taylorvit.data.subset import share_samples
 
@@ -46,8 +48,10 @@ __all__ = [
     "check_sequences",
     "dataset_fingerprint",
     "epoch_updates",
+    "format_reference_lines",
     "get_variant",
     "holds_sequences",
     "is_mixing",
+    "reference_lines",
     "share_samples",
 ]

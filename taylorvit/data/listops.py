@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from taylorvit.data.byte_source import ByteSource
+from taylorvit.data.source import Source
 from taylorvit.randomness import derive_seed
 
 TOKENS = [*map(str, range(10)), "[MIN", "[MAX", "[MED", "[SM", "]"]
@@ -225,15 +227,15 @@ class ReferenceLines:
     `root operator` says. A model that is not above the second has learned the first token at most.
 
     Args:
-        train: the training samples, tokens and value of each.
+        train: the training samples.
     """
 
     NAMES = ("majority class", "root operator", "visible digits")
 
-    def __init__(self, train: ListOps) -> None:
+    def __init__(self, train: Source) -> None:
         by_root: dict[int, Counter[int]] = {}
-        for index, label in enumerate(train.labels.tolist()):
-            by_root.setdefault(train.content(index)[0], Counter())[label] += 1
+        for tokens, label in _samples(train):
+            by_root.setdefault(tokens[0], Counter())[label] += 1
         self.majority = _commonest(sum(by_root.values(), Counter()))
         self.by_root = {root: _commonest(counts) for root, counts in by_root.items()}
 
@@ -246,12 +248,19 @@ class ReferenceLines:
         digits = numbers[(_depths(tokens) == 1) & (numbers < MIN)].tolist()
         return self.majority, root, evaluate(tokens[0], digits) if digits else root
 
-    def accuracy(self, samples: ListOps) -> dict[str, float]:
+    def accuracy(self, judged: Source) -> dict[str, float]:
         """Return the accuracy of each of NAMES on these samples, in per cent."""
         correct = np.zeros(len(self.NAMES), dtype=np.int64)
-        for index, label in enumerate(samples.labels.tolist()):
-            correct += np.equal(self.predict(samples.content(index)), label)
-        return dict(zip(self.NAMES, (100 * correct / len(samples)).tolist()))
+        for tokens, label in _samples(judged):
+            correct += np.equal(self.predict(tokens), label)
+        return dict(zip(self.NAMES, (100 * correct / len(judged)).tolist()))
+
+
+def _samples(source: Source) -> Iterator[tuple[bytes, int]]:
+    for index in range(len(source)):
+        file, label = source.read(index)
+        assert not isinstance(file, Image.Image)
+        yield file.read(), label
 
 
 def _commonest(counts: Counter[int]) -> int:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from taylorvit.config import AugmentConfig, DataConfig, ModelConfig
 from taylorvit.data.images import ImageDataset, ImageError, build_image_dataset
 from taylorvit.data.imdb import Imdb
-from taylorvit.data.listops import ListOps
+from taylorvit.data.listops import ListOps, ReferenceLines
 from taylorvit.data.source import Source
 from taylorvit.data.subset import Subset, parse_split
 
@@ -141,6 +141,22 @@ def _build_token_dataset(config: DataConfig, split: str, max_length: int | None)
     if max_length is not None and isinstance(source, Imdb):
         longest = min(longest, max_length)
     return TokenDataset(Subset(source, *part) if part else source, vocab_size=source.vocab_size, max_length=longest)
+
+
+def reference_lines(train: AnyDataset, judged: AnyDataset) -> dict[str, float]:
+    """Return what one scores on ListOps without looking inside, in per cent: see `ReferenceLines`; empty for other sets.
+
+    Args:
+        train: the samples that the lines are learned from.
+        judged: the samples that a result to be held against them was measured on.
+    """
+    whole = judged.source.source if isinstance(judged.source, Subset) else judged.source
+    return ReferenceLines(train.source).accuracy(judged.source) if isinstance(whole, ListOps) else {}
+
+
+def format_reference_lines(lines: dict[str, float]) -> str:
+    """Return what is scored on a task without looking inside, in a line for people."""
+    return "without looking inside: " + ", ".join(f"{name} {value:.1f} %" for name, value in lines.items())
 
 
 def check_sequences(dataset: AnyDataset, model: ModelConfig) -> None:

@@ -18,7 +18,6 @@ import torch
 
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
-from taylorvit.data.listops import ReferenceLines
 from taylorvit.models import SEQUENCE_NAMES, random_inputs
 from taylorvit.studies import model_cost
 from taylorvit.studies.model_candidates import Candidate, Verdict, autocast
@@ -34,7 +33,6 @@ LAYERS = CONFIGS / "attentions"
 BASELINE = "softmax"
 # What tells the systems of a task apart; all else must agree for their accuracies to stand in one column.
 OF_A_SYSTEM = ("model.attention", "model.attention_options", "model.kwargs", "seed")
-MANIFEST = "listops.json"  # of tools/make_listops.py, beside the samples
 
 
 def find_task(text: str) -> Path:
@@ -126,19 +124,6 @@ def summarise_systems(results: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     """Return mean and spread of the seeds for every system, its parameters with them; see `results.summarise`."""
     parameters = {result["system"]: result["parameters"] for result in results}
     return [row | {"parameters": parameters[row["system"]]} for row in summarise(results, ("task", "system"))]
-
-
-def reference_lines(config: Mapping[str, Any]) -> dict[str, float] | None:
-    """Return what one scores on a task's ListOps test samples without looking inside, in per cent.
-
-    None for other tasks, and where `make_listops.py`'s record does not lie beside the samples.
-    """
-    data = config["data"]
-    file = Path(data["root"]) / MANIFEST
-    if data["dataset"] != "listops" or data["test_split"] is None or not file.exists():
-        return None
-    lines = json.loads(file.read_text(encoding="utf-8"))["files"][f"basic_{data['test_split']}.tsv"]["reference_lines"]
-    return {name: lines[name] for name in ReferenceLines.NAMES}
 
 
 def candidates_of(task: Path, systems: Sequence[str], layers: Sequence[Path], words: Sequence[str]) -> list[Candidate]:

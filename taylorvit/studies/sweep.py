@@ -25,7 +25,15 @@ import torch
 
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
-from taylorvit.data import build_dataset, check_no_augment, check_num_classes, check_sequences, holds_sequences, share_samples
+from taylorvit.data import (
+    build_dataset,
+    check_no_augment,
+    check_num_classes,
+    check_sequences,
+    format_reference_lines,
+    holds_sequences,
+    share_samples,
+)
 from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import evaluate_checkpoint
 from taylorvit.models import attention_forms, build_model
@@ -246,8 +254,9 @@ def judge(plan: Plan, *, diverged: bool, seconds: float) -> dict[str, Any]:
                 device=config.device, mixed_precision=config.train.mixed_precision, timeout_seconds=config.timeout_seconds
             )
             test = replace(config, data=replace(config.data, val_split=config.data.test_split))
-            evaluation = evaluate_checkpoint(state, source, test, accelerator).evaluation
-            result |= {"test_top1": evaluation.top1, "test_loss": evaluation.loss}
+            judgement = evaluate_checkpoint(state, source, test, accelerator)
+            result |= {"test_top1": judgement.evaluation.top1, "test_loss": judgement.evaluation.loss}
+            result["reference_lines"] = judgement.reference_lines
         result["temperatures"] = [value.tolist() for name, value in state.items() if name.endswith(".temperature")]
     model = build_model(config.model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -266,4 +275,5 @@ def _summary(result: dict[str, Any]) -> str:
     if result["status"] != "ok":
         return result["status"]
     test = "" if result["test_top1"] is None else f", test {result['test_top1']:.2f} %"
-    return f"validation {result['val_top1']:.2f} %{test}"
+    lines = f" ({format_reference_lines(known)})" if (known := result.get("reference_lines")) else ""
+    return f"validation {result['val_top1']:.2f} %{test}{lines}"

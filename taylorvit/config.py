@@ -72,6 +72,11 @@ class DataConfig:
         std: per-channel standard deviation after scaling to 0..1.
         interpolation: how images are resized.
         crop_pct: evaluation resizes the shorter side to img_size / crop_pct, then crops the centre.
+        on_error: an image that is damaged ends the run (`stop`) or is left out (`skip`): training takes the next readable one
+            of the set in its place, evaluation judges the others and says how many; all are listed in run_dir.
+        max_bad_share: of a set's images that `skip` may leave out, rounded up to whole images; more end the run.
+        io_retries: how often an image is read again, after 0.5, 1, 2, ... seconds, where the system cannot read its bytes;
+            then the run ends, with either value of on_error, for the image may be there again when it is resumed.
     """
 
     dataset: str = "folder"
@@ -86,6 +91,9 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     crop_pct: float = 1.0
+    on_error: Literal["stop", "skip"] = "stop"
+    max_bad_share: float = 0.0001
+    io_retries: int = 3
 
 
 @dataclass
@@ -278,7 +286,7 @@ class Config:
             run; or the path of a step folder.
         allow_change: keys, such as `optim.lr`, that may differ from the checkpoint's; the run is then no longer the same.
         device: `auto` (GPU where there is one), `cpu` or `cuda`.
-        timeout_seconds: a collective operation that waits longer ends the run.
+        timeout_seconds: a collective operation that waits longer ends the run; a batch of images may take 4/5 of it.
         model: the network.
         data: the images.
         augment: training-time augmentation.

@@ -158,7 +158,11 @@ _COUNTS = (
 )
 _RANGES: tuple[tuple[str, str, Any], ...] = (
     (_COUNTS, "1 or more", _at_least(1)),
-    ("seed data.num_workers log.image_grid log.histogram_every_epochs augment.crop_padding", "0 or more", _at_least(0)),
+    (
+        "seed data.num_workers data.io_retries log.image_grid log.histogram_every_epochs augment.crop_padding",
+        "0 or more",
+        _at_least(0),
+    ),
     ("checkpoint.keep_last", "2 or more: the newest may be the one being written", _at_least(2)),
     ("model.in_chans", "1 (grey) or 3 (RGB)", lambda value: value in (1, 3)),
     (
@@ -173,6 +177,7 @@ _RANGES: tuple[tuple[str, str, Any], ...] = (
         _at_least(0),
     ),
     ("augment.hflip augment.random_erasing augment.mix_prob augment.mix_switch_prob", "a probability, 0 to 1", _share),
+    ("data.max_bad_share", "a share, 0 to 1", _share),
     ("augment.label_smoothing model.drop_path_rate model.drop_rate train.ema_decay", "0 or more, below 1", _share_below_one),
     ("data.crop_pct optim.layer_decay", "above 0, at most 1", lambda value: 0 < value <= 1),
     ("data.mean", "finite numbers", lambda value: all(map(math.isfinite, value))),

@@ -354,6 +354,7 @@ BORDERS: dict[str, tuple[list[Any], list[Any]]] = {
     "a finite number above 0": ([1e-300, 1e300], [0.0, -1e-9, math.inf, math.nan]),
     "a finite number, 0 or more": ([0.0, 1e300], [-1e-9, math.inf, -math.inf, math.nan]),
     "a probability, 0 to 1": ([0.0, 1.0], [-1e-9, 1.0000001, math.inf, math.nan]),
+    "a share, 0 to 1": ([0.0, 1.0], [-1e-9, 1.0000001, math.inf, math.nan]),
     "0 or more, below 1": ([0.0, 0.9999999], [-1e-9, 1.0, math.nan]),
     "above 0, at most 1": ([1e-9, 1.0], [0.0, 1.0000001, math.nan]),
     "finite numbers": ([[0.0], [-1.0, 0.0, 5.0]], [[math.nan], [0.1, 0.2, math.inf]]),

@@ -124,7 +124,7 @@ def test_a_broken_image_stops_with_its_name(tmp_path, damage):
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     content = path.read_bytes()
-    dataset = build_dataset(DataConfig(root=str(tmp_path)), "train", in_chans=3)
+    dataset = build_dataset(DataConfig(root=str(tmp_path), io_retries=0), "train", in_chans=3)
     damaged = {
         "cut": content[:-2000],
         "empty": b"",
@@ -299,6 +299,7 @@ def open_shards_again_and_again(root: Path, barrier: Barrier) -> None:
     for _ in range(20):
         dataset = build_dataset(DataConfig(dataset="wds", root=str(root)), "train", in_chans=3)
         assert [dataset[index][1] for index in (0, 5, 39)] == [0, 1, 3]
+        time.sleep(0.01)  # for the test to see the file
         for cache in root.glob(".taylorvit-*.json"):
             cache.unlink(missing_ok=True)
 
@@ -347,10 +348,10 @@ def test_damaged_shards_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"train-0.tar: not a readable, uncompressed tar"):
         build_dataset(DataConfig(dataset="wds", root=str(tmp_path)), "train", in_chans=3)
     write_shards(tmp_path, "val", 3)
-    dataset = build_dataset(DataConfig(dataset="wds", root=str(tmp_path)), "val", in_chans=3)
+    dataset = build_dataset(DataConfig(dataset="wds", root=str(tmp_path), io_retries=0), "val", in_chans=3)
     shard = tmp_path / "val-00000.tar"
     shard.write_bytes(shard.read_bytes()[:2000])
-    with pytest.raises(ImageError, match=r"val-00000.tar/s0002.jpg: the tar ends \d+ bytes early"):
+    with pytest.raises(ImageError, match=r"val-00000.tar/s0002.jpg: .* the tar is not the one that was indexed"):
         dataset[2]
 
 

@@ -1,14 +1,15 @@
 """Image data sets by name: every one a map from a number to a PIL image in mode "RGB" or "L" and a class number.
 
-Folders and Hugging Face sets come through timm's readers, torchvision's through timm's factory, the rest from `samples` and
-`webdataset`. Images are always decoded here, because timm replaces a broken image by its neighbour without stopping: here it
-ends the run and names the file. Nothing is ever downloaded.
+Hugging Face sets come through timm's reader, torchvision's through timm's factory, the rest from `folder`, `samples` and
+`webdataset`. Images are always decoded here, because timm replaces a broken image by its neighbour without a word: here it is
+an error that names the file. Nothing is ever downloaded.
 """
 
 from __future__ import annotations
 
-import os
 import struct
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,23 +20,29 @@ from timm.data import create_dataset, create_reader
 from torch.utils.data import Dataset
 
 from taylorvit.config import DataConfig
+from taylorvit.data.folder import FolderSource
 from taylorvit.data.samples import FashionMnist, prepare_digits
 from taylorvit.data.source import Source
 from taylorvit.data.subset import Subset, parse_split
-from taylorvit.data.tables import StringTable
-from taylorvit.data.webdataset import IMAGE_SUFFIXES, build_shard_source, build_tar_source
+from taylorvit.data.webdataset import build_shard_source, build_tar_source
 from taylorvit.suggest import nearest
 
 DATASETS = ["folder", "tar", "wds", "fashion_mnist", "digits", "torch/NAME", "hfds/NAME", "pixels/NAME", "listops", "imdb"]
 TORCH_DATASETS = ["cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist", "places365", "inaturalist", "imagenet"]
 TORCH_EVAL_SPLITS = ["val", "valid", "validation", "eval", "evaluation", "test"]
 IMAGE_MODES = {1: "L", 3: "RGB"}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF")  # of Pillow's others one runs a program: Ghostscript for EPS
 MAX_PIXELS = 100_000_000  # ImageNet's largest has 61 million; beyond this a small file is meant to exhaust the memory
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0  # before an image is read again; each wait is twice the one before
 
 
 class ImageError(ValueError):
     """An image cannot be used; the message names it."""
+
+
+class StorageError(ImageError):
+    """The system could not read an image's bytes; as that may pass, the image is never left out: a resumed run would differ."""
 
 
 class ImageDataset(Dataset):
@@ -44,11 +51,13 @@ class ImageDataset(Dataset):
     Args:
         source: where the images come from.
         in_chans: 1 for mode "L", 3 for mode "RGB".
+        io_retries: how often an image is read again where the system reports an error; each time is said on stderr.
     """
 
-    def __init__(self, source: Source, *, in_chans: int) -> None:
+    def __init__(self, source: Source, *, in_chans: int, io_retries: int = 0) -> None:
         self.source = source
         self.in_chans = in_chans
+        self.io_retries = io_retries
         self.mode = IMAGE_MODES[in_chans]
         self.classes = source.classes
 
@@ -56,16 +65,42 @@ class ImageDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            content, label = self.source.read(index)
-            image = content if isinstance(content, Image.Image) else _decode(content)
-            return convert_image(image, self.mode), label
-        except DECODE_ERRORS as error:
-            raise ImageError(f"cannot read image {self.sample_name(index)}: {_first_line(error)}") from error
+        """Return image `index` and its label.
+
+        Raises:
+            StorageError: the system cannot read its bytes, however often it was asked.
+            ImageError: they are no image that can be used, or its label is none of the classes.
+        """
+        for retries_left in range(self.io_retries, -1, -1):
+            try:
+                image, label = self._read(index)
+                break
+            except DECODE_ERRORS as error:
+                message = f"cannot read image {self.sample_name(index)}: {_first_line(error)}"
+                if not _is_storage_error(error):
+                    raise ImageError(message) from error
+                if not retries_left:
+                    raise StorageError(message) from error
+                wait = min(FIRST_WAIT_SECONDS * 2 ** (self.io_retries - retries_left), LONGEST_WAIT_SECONDS)
+                print(f"warning: {message}; reading it again in {wait:g} s", file=sys.stderr, flush=True)
+                time.sleep(wait)
+        if not 0 <= label < len(self.classes):
+            raise ImageError(f"image {self.sample_name(index)} has label {label}; the classes are 0 to {len(self.classes) - 1}")
+        return image, label
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        content, label = self.source.read(index)
+        image = content if isinstance(content, Image.Image) else _decode(content)
+        return convert_image(image, self.mode), label
 
     def sample_name(self, index: int) -> str:
         """Name sample `index` for messages: its path where it has one."""
         return self.source.name(index)
+
+
+def _is_storage_error(error: Exception) -> bool:
+    """Whether the system failed to deliver the bytes; an OSError of Pillow's about their content has no number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def _first_line(error: Exception) -> str:
@@ -73,8 +108,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _decode(file: BinaryIO) -> Image.Image:
+    """Decode an image, of an animation the first; one that is too large is refused after its header."""
     with file:
-        image = Image.open(file)
+        image = Image.open(file, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
         image.load()
@@ -93,50 +129,6 @@ def convert_image(image: Image.Image, mode: str) -> Image.Image:
     elif image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode!r} (32 bits) have no known range; convert the file to 8 or 16 bits")
     return image.convert(mode)
-
-
-class FolderSource:
-    """An image folder as timm reads it: class = leaf folder, classes in natural order; hidden files and folders ignored."""
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            reader = create_reader("", root=str(folder), input_key=";".join(IMAGE_SUFFIXES))
-        except RuntimeError as error:
-            suffixes = ", ".join(IMAGE_SUFFIXES)
-            raise ValueError(f"data.root: no images ({suffixes}) in the class folders of {folder}") from error
-        names = {number: name for name, number in reader.class_to_idx.items()}
-        below = ((path[len(str(folder)) :].lstrip(os.sep), names[number]) for path, number in reader.samples)
-        visible = [(path, name) for path, name in below if not _is_hidden(path)]
-        if not visible:
-            raise ValueError(f"data.root: no images in the class folders of {folder}")
-        for path, name in visible:
-            if not name:
-                raise ValueError(f"data.root: {folder / path} lies in no class folder")
-        used = {name for _, name in visible}
-        self.classes = [name for name in reader.class_to_idx if name in used]
-        number_of = {name: number for number, name in enumerate(self.classes)}
-        self.folder = str(folder)
-        self.paths = StringTable(path for path, _ in visible)
-        self.labels = np.array([number_of[name] for _, name in visible], dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read(self, index: int) -> tuple[BinaryIO, int]:
-        """Open image `index`."""
-        return open(self.name(index), "rb"), int(self.labels[index])
-
-    def name(self, index: int) -> str:
-        """Return the path of image `index`."""
-        return os.path.join(self.folder, self.paths[index])
-
-    def identity(self) -> list[bytes]:
-        """Return the paths below the folder and the labels."""
-        return [self.paths.blob, self.paths.offsets.tobytes(), self.labels.tobytes()]
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") for part in path.split(os.sep))
 
 
 class HuggingFaceSource:
@@ -228,7 +220,7 @@ def build_image_dataset(config: DataConfig, split: str, *, in_chans: int) -> Ima
     """
     name, part = parse_split(split)
     source = _build_source(config.dataset, config.root, name)
-    return ImageDataset(Subset(source, *part) if part else source, in_chans=in_chans)
+    return ImageDataset(Subset(source, *part) if part else source, in_chans=in_chans, io_retries=config.io_retries)
 
 
 def _build_source(dataset: str, root: str, split: str) -> Source:
@@ -248,18 +240,10 @@ def _build_source(dataset: str, root: str, split: str) -> Source:
     if dataset.startswith("torch/"):
         return TorchvisionSource(dataset, root, split)
     if dataset in ("folder", "digits"):
-        return FolderSource(_split_folder(Path(root), split))
+        return FolderSource(Path(root), split)
     builders: dict[str, Callable[[Path, str], Source]] = {
         "tar": build_tar_source,
         "wds": build_shard_source,
         "fashion_mnist": FashionMnist,
     }
     return builders[dataset](Path(root), split)
-
-
-def _split_folder(root: Path, split: str) -> Path:
-    folder = root / split
-    if not folder.is_dir():
-        present = sorted(path.name for path in root.iterdir() if path.is_dir())[:5]
-        raise ValueError(f"data.root {str(root)!r} has no folder {split!r}; it holds {', '.join(present) or 'no folders'}")
-    return folder

@@ -3,7 +3,8 @@
 `pixels/NAME` is any image set of small images read as grey pixels, row by row, one token a pixel with its value 0..255 as the
 token: `pixels/torch/cifar10` is the pixel task of Long Range Arena (arXiv:2011.04006) with 1,024 tokens,
 `pixels/fashion_mnist` has 784 and `pixels/digits` 64. `listops` and `imdb`, two more tasks of that benchmark, have sequences of
-unequal length, which are filled up to the longest of each batch; the model must leave the padding out (`padding_idx`).
+unequal length, which are filled up to the longest of each batch; the model must leave the padding out (`padding_idx`), or fill
+every sequence up to one length (`fill_idx`), so that the rest of its batch changes no sample's output.
 """
 
 from __future__ import annotations
@@ -174,10 +175,11 @@ def check_sequences(dataset: AnyDataset, model: ModelConfig) -> None:
         given, needed = getattr(model, key), getattr(dataset, key)
         if given < needed:
             raise ValueError(f"model.{key} is {given}, but the data needs {needed}")
-    padding = model.kwargs.get("padding_idx")
-    if isinstance(dataset, TokenDataset) and padding != PADDING:
+    padding, fill = model.kwargs.get("padding_idx"), model.kwargs.get("fill_idx")
+    if isinstance(dataset, TokenDataset) and PADDING not in (padding, fill):
         raise ValueError(
-            f"model.kwargs.padding_idx is {padding}, but short sequences are filled up with {PADDING}: set it to that"
+            f"model.kwargs.padding_idx is {padding}, but short sequences are filled up with {PADDING}: set it to that, "
+            "or fill_idx where the attention takes no mask"
         )
 
 

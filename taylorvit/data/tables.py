@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+from timm.utils import natural_key
 
 
 class StringTable:
@@ -29,3 +30,8 @@ class StringTable:
             raise IndexError(f"{index} is outside of a table of {len(self)} strings")
         index %= len(self)
         return self.blob[self.offsets[index] : self.offsets[index + 1]].decode("utf-8", "surrogateescape")
+
+
+def total_order(name: str) -> tuple[list[int | str], str]:
+    """Return the sort key of timm's natural order (2 before 10), in which also names that it takes for equal have an order."""
+    return natural_key(name), name

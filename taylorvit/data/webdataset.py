@@ -7,10 +7,12 @@ in any process, on which our order, augmentation and resume rest. So the headers
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import secrets
+import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,12 +21,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from timm.utils import natural_key
 
-from taylorvit.data.tables import StringTable
+from taylorvit.data.tables import StringTable, total_order
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 INDEX_VERSION = 1
+MAX_CLASSES = 1_000_000  # a label beyond is a slip; so many names of classes would not fit the memory
 
 
 class TarIndex:
@@ -72,11 +74,18 @@ class Member:
 
 
 class TarSource:
-    """Samples of tar files by number; opens the tar anew for each image, so that it survives forks and pickling."""
+    """Samples of tar files by number; opens the tar anew for each image, so that it survives forks and pickling.
 
-    def __init__(self, tars: list[Path], index: TarIndex) -> None:
+    Args:
+        tars: the files.
+        index: what is where in them.
+        signatures: name, size and time of each when it was indexed; in another file the places would mean other bytes.
+    """
+
+    def __init__(self, tars: list[Path], index: TarIndex, signatures: list[list[Any]]) -> None:
         self.tars = tars
         self.index = index
+        self.signatures = signatures
         self.classes = index.classes
 
     def __len__(self) -> int:
@@ -85,7 +94,10 @@ class TarSource:
     def read(self, index: int) -> tuple[BinaryIO, int]:
         """Return the encoded image `index` and its label."""
         size = int(self.index.sizes[index])
-        with open(self.tars[self.index.files[index]], "rb") as file:
+        number = self.index.files[index]
+        with open(self.tars[number], "rb") as file:
+            if _signature(self.tars[number], os.fstat(file.fileno())) != self.signatures[number]:
+                raise OSError(errno.ESTALE, "the tar is not the one that was indexed when the run started")
             file.seek(self.index.offsets[index])
             content = file.read(size)
         if len(content) != size:
@@ -128,14 +140,13 @@ def build_shard_source(root: Path, split: str) -> TarSource:
 
 
 def _sorted(paths: Iterator[Path]) -> list[Path]:
-    return sorted((path for path in paths if not path.name.startswith(".")), key=lambda path: natural_key(str(path)))
+    return sorted((path for path in paths if not path.name.startswith(".")), key=lambda path: total_order(str(path)))
 
 
 def _open_source(root: Path, split: str, kind: str, tars: list[Path]) -> TarSource:
     """Load the cached index where it still describes these very files, else scan them and try to cache the index."""
-    stats = [path.stat() for path in tars]
-    signature = [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(tars, stats, strict=True)]
-    head = {"version": INDEX_VERSION, "kind": kind, "tars": signature}
+    signatures = [_signature(path, path.stat()) for path in tars]
+    head = {"version": INDEX_VERSION, "kind": kind, "tars": signatures}
     cache = root / f".taylorvit-{kind}-{''.join(c if c.isalnum() else '_' for c in split)}.json"
     index = _load_index(cache, head)
     if index is None:
@@ -143,7 +154,13 @@ def _open_source(root: Path, split: str, kind: str, tars: list[Path]) -> TarSour
         if len(index.names) == 0:
             raise ValueError(f"data.root {str(root)!r}: no image in the {len(tars)} tar files of split {split!r}")
         _save_index(cache, head, index)
-    return TarSource(tars, index)
+    return TarSource(tars, index, signatures)
+
+
+def _signature(path: Path, status: os.stat_result) -> list[Any]:
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path}: not a file")
+    return [path.name, status.st_size, status.st_mtime_ns]
 
 
 def _load_index(cache: Path, head: dict) -> TarIndex | None:
@@ -177,9 +194,9 @@ def _index_class_folders(tars: list[Path]) -> TarIndex:
     for member, name in labelled:
         if not name:
             raise ValueError(f"{tars[member.file]}: {member.path} lies in no class folder")
-    classes = sorted({name for _, name in labelled}, key=natural_key)
+    classes = sorted({name for _, name in labelled}, key=total_order)
     number_of = {name: number for number, name in enumerate(classes)}
-    labelled.sort(key=lambda item: natural_key(item[0].path))
+    labelled.sort(key=lambda item: (total_order(item[0].path), item[0].file))
     return _to_index([(member, number_of[name]) for member, name in labelled], classes)
 
 
@@ -211,8 +228,8 @@ def _read_label(tar: Path, key: str, parts: dict[str, Member]) -> int:
         label = int(content) if "cls" in parts else json.loads(content)["label"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{tar}: {part.path} holds no class number ({error!r})") from error
-    if not isinstance(label, int) or label < 0:
-        raise ValueError(f"{tar}: {part.path} gives class {label!r}; a number from 0 is needed")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
+        raise ValueError(f"{tar}: {part.path} gives class {label!r}; a number from 0 to {MAX_CLASSES - 1} is needed")
     return label
 
 

@@ -99,7 +99,7 @@ def test_only_what_makes_a_system_differs_between_systems() -> None:
     for system, config in configs.items():
         values = config_to_dict(config)
         assert values["model"]["attention"] == system
-        assert values["model"]["kwargs"] == ({} if system == "linformer" else {"padding_idx": 0})
+        assert values["model"]["kwargs"] == ({"fill_idx": 0} if system == "linformer" else {"padding_idx": 0})
         values["model"] |= {key: plain["model"][key] for key in ("attention", "attention_options", "kwargs")}
         assert values == plain
     assert configs["performer"].model.attention_options == {"num_features": 266}

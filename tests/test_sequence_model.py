@@ -66,6 +66,17 @@ def test_padding_changes_nothing(attention: str, global_pool: str) -> None:
     assert not torch.allclose(encoder(attention=attention, global_pool=global_pool)(padded), model(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("global_pool", ["token", "avg"])
+def test_filling_up_leaves_no_sample_to_its_batch(global_pool: str) -> None:
+    model = encoder(fill_idx=0, global_pool=global_pool)
+    x = tokens(7)
+    torch.testing.assert_close(model(nn.functional.pad(x, (0, 3))), model(x))
+    filled = nn.functional.pad(x, (0, SIZES["max_length"] - 7))
+    torch.testing.assert_close(encoder(global_pool=global_pool)(filled), model(x))
+    with pytest.raises(ValueError, match="sequences have at most max_length 12 tokens, got 13"):
+        model(tokens(13))
+
+
 def test_without_padding_the_mask_changes_nothing() -> None:
     """The class token is no padding, whatever the mask says of the tokens."""
     torch.testing.assert_close(encoder(padding_idx=0)(tokens()), encoder()(tokens()))
@@ -171,6 +182,8 @@ def test_config_builds_it_and_names_the_form() -> None:
         ({"patch_size": 4}, "model.patch_size is 4, but taylorvit_sequence reads no images"),
         ({"num_heads": 7}, r"num_heads must divide the width 256: one of \[1, 2, 4, .*256\], got 7"),
         ({"kwargs": {"global_pool": "map"}}, "global_pool must be one of token, avg, got 'map'"),
+        ({"kwargs": {"fill_idx": 20}}, "fill_idx must be a token, 0 to 19, got 20"),
+        ({"kwargs": {"fill_idx": 0, "padding_idx": 1}}, "only one of padding_idx and fill_idx can be given, got 1 and 0"),
         ({"kwargs": {"padding_idx": 20}}, "padding_idx must be a token, 0 to 19, got 20"),
         ({"kwargs": {"paddin_idx": 0}}, "unknown keyword 'paddin_idx'; did you mean 'padding_idx'"),
         ({"name": "taylorvit_tiny_patch16_224"}, "model.vocab_size is 20, but taylorvit_tiny_patch16_224 reads images"),

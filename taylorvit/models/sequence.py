@@ -44,6 +44,8 @@ class SequenceEncoder(nn.Module):
         global_pool: "token" reads the class token; "avg" has none and takes the mean over the tokens that are no padding.
         padding_idx: token that fills short sequences up and is attended to by none; None: there is none. A sequence of nothing
             else gives NaN with "avg".
+        fill_idx: token that ends every sequence shorter than max_length and is attended to like any other: for attentions that
+            take no mask, so that what fills up a batch changes no sample's output. None: sequences stay as they are.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth at the last block, rising linearly from 0.
         device: of the parameters.
@@ -69,6 +71,7 @@ class SequenceEncoder(nn.Module):
         attention_options: Mapping[str, Any] | None = None,
         global_pool: str = "token",
         padding_idx: int | None = None,
+        fill_idx: int | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
@@ -77,11 +80,14 @@ class SequenceEncoder(nn.Module):
         super().__init__()
         self.num_prefix_tokens = 1 if global_pool == "token" else 0
         attn_layer = bind_options(attention, attention_options or {}, max_length + self.num_prefix_tokens)
-        _check(embed_dim, num_heads, global_pool, padding_idx, vocab_size)
+        _check(embed_dim, num_heads, global_pool, vocab_size, padding_idx=padding_idx, fill_idx=fill_idx)
         if padding_idx is not None and not getattr(attn_layer, "takes_key_mask", True):
-            raise ValueError(f"attention {attention!r} cannot leave out padding: padding_idx must be None, got {padding_idx}")
+            raise ValueError(
+                f"attention {attention!r} cannot leave out padding: padding_idx must be None, got {padding_idx}; "
+                "with fill_idx it sees every sequence filled up to max_length"
+            )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.vocab_size, self.max_length, self.padding_idx = vocab_size, max_length, padding_idx
+        self.vocab_size, self.max_length, self.padding_idx, self.fill_idx = vocab_size, max_length, padding_idx, fill_idx
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.global_pool = global_pool
@@ -170,6 +176,8 @@ class SequenceEncoder(nn.Module):
         Raises:
             ValueError: the sequences are too long, or no sequences of whole numbers.
         """
+        if self.fill_idx is not None:
+            tokens = fill_up(tokens, self.max_length, self.fill_idx)  # (B, N), N now max_length
         x = positions_of(tokens, self.positions) + self.embedding(tokens)  # (B, N, C)
         keep = None if self.padding_idx is None else tokens != self.padding_idx  # (B, N)
         if self.cls_token is not None:
@@ -213,12 +221,22 @@ def sinusoidal_positions(length: int, width: int, *, device: Any = None) -> Tens
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]
 
 
-def _check(embed_dim: int, num_heads: int, global_pool: str, padding_idx: int | None, vocab_size: int) -> None:
+def _check(embed_dim: int, num_heads: int, global_pool: str, vocab_size: int, **tokens: int | None) -> None:
     head_dimension(embed_dim, num_heads)
     if global_pool not in POOLS:
         raise ValueError(f"global_pool must be one of {', '.join(POOLS)}, got {global_pool!r}")
-    if padding_idx is not None and not 0 <= padding_idx < vocab_size:
-        raise ValueError(f"padding_idx must be a token, 0 to {vocab_size - 1}, got {padding_idx}")
+    for name, token in tokens.items():
+        if token is not None and not 0 <= token < vocab_size:
+            raise ValueError(f"{name} must be a token, 0 to {vocab_size - 1}, got {token}")
+    if None not in tokens.values():
+        raise ValueError(
+            f"only one of padding_idx and fill_idx can be given, got {tokens['padding_idx']} and {tokens['fill_idx']}"
+        )
+
+
+def fill_up(tokens: Tensor, length: int, fill_idx: int) -> Tensor:
+    """Return tokens (B, N) followed by fill_idx up to a length (B, length); what is longer stays as it is."""
+    return nn.functional.pad(tokens, (0, max(0, length - tokens.shape[-1])), value=fill_idx)
 
 
 def positions_of(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -234,7 +252,8 @@ def positions_of(tokens: Tensor, positions: Tensor) -> Tensor:
     return positions[: tokens.shape[1]]
 
 
-torch.fx.wrap("positions_of")  # looks at shapes that FX tracing does not know
+torch.fx.wrap("positions_of")  # these look at shapes that FX tracing does not know
+torch.fx.wrap("fill_up")
 
 
 default_cfgs = generate_default_cfgs(

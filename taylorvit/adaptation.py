@@ -31,9 +31,10 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, adapt: bool = Fa
             LayerScale in the weights. Without it, names and shapes must agree.
 
     Raises:
-        ValueError: a tensor is not finite, or names and shapes do not agree; the model is unchanged then.
+        ValueError: a tensor is not finite or not real, or names and shapes do not agree; the model is then unchanged.
     """
     state, target = dict(state), named_state(model)
+    _check_numbers(state, target)
     _check_finite(state)
     notes: list[str] = []
     if adapt:
@@ -47,10 +48,24 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, adapt: bool = Fa
     return notes
 
 
+def _check_numbers(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Refuse whole or complex numbers where the model has real ones: converting them would not be what anyone meant."""
+    for name, value in state.items():
+        wanted = target.get(name, value)
+        if value.is_complex() or value.is_floating_point() != wanted.is_floating_point():
+            given = f"{name} is {value.dtype} in the weights, {wanted.dtype} in the model"
+            raise ValueError(f"the weights are of another kind: {given}".replace("torch.", ""))
+
+
 def _check_finite(state: Mapping[str, Tensor]) -> None:
-    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    bad = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(_readable(value)).all()]
     if bad:
         raise ValueError(f"{len(bad)} of the weights have NaN or infinite values: {', '.join(bad[:SHOWN])}")
+
+
+def _readable(value: Tensor) -> Tensor:
+    """Return the tensor as PyTorch can compute with it: numbers of one byte are only stored."""
+    return value.float() if value.dtype.itemsize == 1 else value
 
 
 def _check_fit(state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, adapt: bool) -> None:

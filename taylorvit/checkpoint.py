@@ -108,6 +108,8 @@ def verify_checkpoint(path: Path | str) -> int:
         raise CheckpointError(f"{path / MANIFEST}: it is not a checkpoint's manifest ({error!r})") from error
     if version != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: format {version} is unknown, this version reads format {FORMAT}")
+    if not isinstance(step, int):
+        raise CheckpointError(f"{path / MANIFEST}: step {step!r} is no number of updates")
     named = STEP_NAME.fullmatch(path.name)
     if named and int(named[1]) != step:
         raise CheckpointError(f"{path / MANIFEST}: it belongs to step {step}, not to {path.name}")
@@ -115,7 +117,7 @@ def verify_checkpoint(path: Path | str) -> int:
         raise CheckpointError(f"{path / extra}: this file does not belong to the checkpoint")
     for name, (size, sha256) in expected.items():
         _verify_file(path / name, size, sha256)
-    return int(step)
+    return step
 
 
 def load_checkpoint(path: Path | str) -> Checkpoint:
@@ -134,10 +136,22 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def read_meta(path: Path | str) -> dict[str, Any]:
-    """Return the JSON part of a step folder without verifying it."""
-    meta = decode(_read_json(Path(path) / META))
+    """Return the JSON part of a step folder without verifying it.
+
+    Raises:
+        CheckpointError: it is missing or not what a checkpoint has there.
+    """
+    file = Path(path) / META
+    value = _read_json(file)
+    try:
+        meta = decode(value)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     if not isinstance(meta, dict):
-        raise CheckpointError(f"{Path(path) / META}: a {type(meta).__name__} where an object is expected")
+        raise CheckpointError(f"{file}: a {type(meta).__name__} where an object is expected")
+    for key in ("config", "metrics"):
+        if not isinstance(meta.get(key, {}), dict):
+            raise CheckpointError(f"{file}: {key} is a {type(meta[key]).__name__} where an object is expected")
     return meta
 
 
@@ -298,6 +312,7 @@ def find_newest_valid(folder: Path) -> Path | None:
 
 
 def _verify_file(path: Path, size: int, sha256: str) -> None:
+    _refuse_pipe(path)
     try:
         actual = path.stat().st_size
         if actual != size:
@@ -308,17 +323,23 @@ def _verify_file(path: Path, size: int, sha256: str) -> None:
         raise CheckpointError(f"{path}: {error.strerror}") from error
 
 
+def _refuse_pipe(path: Path) -> None:
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device read without end
+        raise CheckpointError(f"{path}: it is no file")
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_json(path: Path) -> Any:
+    _refuse_pipe(path)
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: it is not valid JSON ({error})") from error
 
 

@@ -37,9 +37,12 @@ def infer_model_config(state: Mapping[str, Tensor], args: Any = None) -> dict[st
     Raises:
         ValueError: a tensor that tells a size is missing, or the sizes do not fit together.
     """
-    for name in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "head.weight"):
+    for name, rank in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("blocks.0.mlp.fc1.weight", 2), ("head.weight", 2)):
         if name not in state:
             raise ValueError(f"the weights are not a vision transformer's: {name} is missing")
+        if state[name].ndim != rank or not state[name].numel():
+            raise ValueError(f"the weights are not a vision transformer's: {name} has the shape {tuple(state[name].shape)}")
+    blocks = {match[1] for name in state if (match := re.match(r"blocks\.([0-9]+)\.", name))}
     width, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     side, prefix_tokens = grid_side(state["pos_embed"].shape[1])
     temperature = state.get("blocks.0.attn.temperature")
@@ -59,7 +62,7 @@ def infer_model_config(state: Mapping[str, Tensor], args: Any = None) -> dict[st
         "img_size": side * patch_size,
         "patch_size": patch_size,
         "embed_dim": width,
-        "depth": 1 + max(int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))),
+        "depth": len(blocks),  # not the highest number, which a file may choose
         "num_heads": max(1, width // SOFTMAX_HEAD_DIM) if temperature is None else temperature.numel(),
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         "kwargs": kwargs,

@@ -114,7 +114,7 @@ class RunFolder:
         """
         if not self.status.exists():
             return {}
-        return _parse(self.status.read_text(encoding="utf-8"), self.status)
+        return _parse(self.status.read_text(encoding="utf-8", errors="replace"), self.status)
 
     def write_environment(self, accelerator: Accelerator) -> None:
         """Record versions, commit, hardware and launch geometry; no environment variables, which may hold secrets."""
@@ -141,12 +141,14 @@ class RunFolder:
         """Return the records of metrics.jsonl; a last line cut by a kill is left out.
 
         Raises:
-            ValueError: another line is not JSON.
+            ValueError: another line is not such a record.
         """
         if not self.metrics.exists():
             return []
         lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [_parse(line, f"{self.metrics}, line {number}") for number, line in enumerate(lines[:-1], start=1) if line]
+        return [
+            _parse_record(line, f"{self.metrics}, line {number}") for number, line in enumerate(lines[:-1], start=1) if line
+        ]
 
     def truncate_metrics(self, update: int, epoch: int) -> None:
         """Drop the records that a run resumed after this update and epoch will write again, and a torn last line.
@@ -209,11 +211,20 @@ def _now() -> str:
 def _parse(text: str, where: Path | str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: it is not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: a {type(value).__name__} where an object is expected")
     return value
+
+
+def _parse_record(text: str, where: str) -> dict[str, Any]:
+    """Read one line of metrics.jsonl: by "update" and, of an evaluation, "epoch" it is kept or dropped."""
+    record = _parse(text, where)
+    for key in ("update", "epoch") if record.get("kind") == "evaluate" else ("update",):
+        if not isinstance(record.get(key), int):
+            raise ValueError(f"{where}: {key!r} is {record.get(key)!r}; a whole number is needed")
+    return record
 
 
 def _plain(value: Any) -> Any:

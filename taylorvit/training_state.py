@@ -212,7 +212,11 @@ def encode(value: Any, where: str, store: Store | None = None) -> Any:
 
 
 def decode(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
-    """Reverse `encode`; tensors come back as copies, or stay stand-ins where `tensors` is not given."""
+    """Reverse `encode`; tensors come back as copies, or stay stand-ins where `tensors` is not given.
+
+    Raises:
+        CheckpointError: `value` is nothing that `encode` returns, or a tensor is missing.
+    """
     if isinstance(value, list):
         return [decode(item, tensors) for item in value]
     if isinstance(value, tuple):
@@ -220,15 +224,21 @@ def decode(value: Any, tensors: Mapping[str, Tensor] | None = None) -> Any:
     if not isinstance(value, dict):
         return value
     tag = next(iter(value), None)
-    if tag == "__tuple__":
-        return tuple(decode(item, tensors) for item in value[tag])
-    if tag == "__float__":
-        return float(value[tag])
-    if tag == "__dtype__":
-        return getattr(torch, value[tag])
+    if tag in ("__tuple__", "__float__", "__dtype__"):
+        return _decode_tagged(tag, value[tag], tensors)
     if tag == "__tensor__":
         return value if tensors is None else _copy(tensors, value)
     return {key: decode(item, tensors) for key, item in value.items()}
+
+
+def _decode_tagged(tag: str, value: Any, tensors: Mapping[str, Tensor] | None) -> Any:
+    if tag == "__tuple__" and isinstance(value, list):
+        return tuple(decode(item, tensors) for item in value)
+    if tag == "__float__" and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if tag == "__dtype__" and isinstance(value, str) and isinstance(found := getattr(torch, value, None), torch.dtype):
+        return found
+    raise CheckpointError(f"{str(value)[:80]!r} is no value of the kind {tag}")
 
 
 def _copy(tensors: Mapping[str, Tensor], reference: Mapping[str, Any]) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from taylorvit.adaptation import load_into
 from taylorvit.checkpoint import best_checkpoint, find_newest_valid, load_checkpoint, read_meta
 from taylorvit.config import ModelConfig
+from taylorvit.config_loading import config_from_dict
 from taylorvit.original import infer_model_config, is_original
 from taylorvit.suggest import nearest
 from taylorvit.training_state import clean_name
@@ -35,6 +36,7 @@ __all__ = ["MAX_BYTES", "Source", "Step", "load_into", "load_weights", "parse_st
 MAX_BYTES = 4 * 2**30
 RAW_KEYS = ("model_state", "state_dict", "model")  # where training scripts put the weights in their files
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema")
+DATA_KEYS = ("mean", "std", "crop_pct", "interpolation")
 Step = Literal["best", "newest"] | int
 
 
@@ -63,6 +65,20 @@ class Source:
     class_names: list[str] | None = None
     config: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def checked_model_config(self) -> ModelConfig:
+        """Return the model's configuration, checked as a user's is: it comes from a file.
+
+        Raises:
+            ValueError: there is none, or a key or value is wrong.
+        """
+        if self.model_config is None:
+            raise ValueError(f"{self.path}: it does not say which model it belongs to")
+        try:
+            any_channels = {"mean": [0.5], "std": [0.5]}
+            return config_from_dict({"model": self.model_config, "data": any_channels}).model
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
 
 def load_weights(
@@ -154,7 +170,8 @@ def _choose_step(folder: Path, step: Step) -> Path:
 
 def _metric(meta: Mapping[str, Any]) -> str:
     """Return what the run ranks its checkpoints by."""
-    return (meta.get("config") or {}).get("checkpoint", {}).get("metric", "top1")
+    section = (meta.get("config") or {}).get("checkpoint", {})
+    return section.get("metric", "top1") if isinstance(section, dict) else "top1"
 
 
 def _load_step(path: Path, weights: str) -> tuple[dict[str, Tensor], Source]:
@@ -166,7 +183,10 @@ def _load_step(path: Path, weights: str) -> tuple[dict[str, Tensor], Source]:
     state = {name.removeprefix(prefix): value for name, value in checkpoint.tensors.items() if name.startswith(prefix)}
     if not state:
         raise ValueError(f"{path}: it holds no {'weights' if weights == 'raw' else 'averaged (EMA) weights'}")
-    data = {key: config["data"][key] for key in ("mean", "std", "crop_pct", "interpolation")} if "data" in config else None
+    try:
+        data = {key: config["data"][key] for key in DATA_KEYS} if "data" in config else None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'meta.json'}: config.data is incomplete ({error!r})") from error
     return state, Source(
         path=str(path),
         kind="step",
@@ -174,28 +194,51 @@ def _load_step(path: Path, weights: str) -> tuple[dict[str, Tensor], Source]:
         step=checkpoint.step,
         model_config=config.get("model"),
         data_config=data,
-        class_names=checkpoint.meta.get("classes"),
+        class_names=_class_names(checkpoint.meta.get("classes"), path / "meta.json"),
         config=config or None,
         metrics=checkpoint.meta.get("metrics", {}),
     )
 
 
 def _load_export(path: Path) -> tuple[dict[str, Tensor], Source]:
+    description = path / "config.json"
+    if not description.is_file():
+        raise ValueError(f"{description}: it is no file")
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = json.loads(description.read_bytes())
         card = config["pretrained_cfg"]
         model = config.get("taylorvit", {}).get("model") or _model_config(
             config["architecture"], config.get("model_args", {}), card
         )
-        data = {key: card[key] for key in ("mean", "std", "crop_pct", "interpolation")}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / 'config.json'}: it is not a timm model's description ({error!r})") from error
-    names = config.get("label_names") or card.get("label_names")
-    run_config = path.parent / "config.yaml"
-    if run_config.is_file():  # the export of a run, still in its folder: the run knows which data it belongs to
-        data = yaml.safe_load(run_config.read_text(encoding="utf-8"))["data"] | data
-    state = _read_safetensors(path / "model.safetensors")
+        data = {key: card[key] for key in DATA_KEYS}
+        names = config.get("label_names") or card.get("label_names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{description}: it is not a timm model's description ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    data = _data_of_run(path.parent / "config.yaml") | data
+    state, names = _read_safetensors(path / "model.safetensors"), _class_names(names, description)
     return state, Source(str(path), "export", "raw", model_config=model, data_config=data, class_names=names)
+
+
+def _data_of_run(file: Path) -> dict[str, Any]:
+    """Return what the configuration beside an export, still in its run's folder, says of the data; {} without one."""
+    if not file.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file}: it is not a run's configuration ({_first_line(error)})") from error
+    data = config.get("data") if isinstance(config, dict) else None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: it is not a run's configuration (no section data)")
+    return data
+
+
+def _class_names(names: Any, file: Path) -> list[str] | None:
+    if names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return names
+    raise ValueError(f"{file}: the class names are {str(names)[:60]!r}, not a list of words")
 
 
 def _load_timm(name: str, weights: str) -> tuple[dict[str, Tensor], Source]:
@@ -207,13 +250,15 @@ def _load_timm(name: str, weights: str) -> tuple[dict[str, Tensor], Source]:
     except Exception as error:  # the hub's client and its transport raise errors of many families
         raise ValueError(f"timm:{name}: the pretrained weights are not to be had ({_first_line(error)})") from error
     card = model.pretrained_cfg
-    data = {key: card[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    data = {key: card[key] for key in DATA_KEYS}
     known = _model_config(name, {}, card)
     return dict(model.state_dict()), Source(f"timm:{name}", "timm", weights, model_config=known, data_config=data)
 
 
 def _model_config(architecture: str, model_args: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
     """Return timm's description of a model as fields of `ModelConfig`; what has no field of its own goes to kwargs."""
+    if not isinstance(architecture, str):
+        raise TypeError(f"the architecture is {architecture!r}")
     in_chans, height, width = card.get("input_size", (3, 224, 224))
     if height != width:
         raise ValueError(f"only square inputs are supported, not {height} x {width}")
@@ -256,10 +301,10 @@ def _read_pickled(path: Path, max_bytes: int) -> Any:
     argparse.Namespace, in which the original code keeps its arguments, is allowed besides tensors and containers: it only holds
     attributes, and building one calls nothing.
     """
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, more than the limit of {max_bytes}")
     if zipfile.is_zipfile(path):
         _check_archive(path, max_bytes)
-    elif path.stat().st_size > max_bytes:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, more than the limit of {max_bytes}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -294,6 +339,8 @@ def _tensors_only(state: Mapping[Any, Any], path: Path, max_bytes: int) -> dict[
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path}: no weights found; {str(name)[:60]!r} is a {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(f"{path}: {name[:60]!r} is no plain tensor ({value.layout}, {value.device.type}, {value.dtype})")
     total = sum(value.numel() * value.element_size() for value in state.values())
     if total > max_bytes:  # a stride of 0 makes any size out of a small file
         raise ValueError(f"{path}: refused, its tensors have {total} bytes, more than the limit of {max_bytes}")
@@ -301,6 +348,8 @@ def _tensors_only(state: Mapping[Any, Any], path: Path, max_bytes: int) -> dict[
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: it is no file")
     try:
         state = load_file(path)
     except (OSError, SafetensorError, ValueError, KeyError) as error:

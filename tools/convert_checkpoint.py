@@ -32,15 +32,20 @@ def convert(source: Path | str, folder: Path | str, *, model: str | None = None,
     """
     state, found = load_weights(source)
     try:
-        config = ModelConfig(**(found.model_config or infer_model_config(state)))
+        config = found.checked_model_config() if found.model_config else ModelConfig(**infer_model_config(state))
     except ValueError as error:
+        if str(source) in str(error):
+            raise
         raise ValueError(f"{source}: {error}") from error
     if model is not None:
         config.name = model
     if form is not None:
         config.attention_options = {**config.attention_options, "form": form}
     network = build_model(config)
-    load_into(network, state)
+    try:
+        load_into(network, state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     data = DataConfig()
     export_model(
         network,

@@ -14,7 +14,6 @@ if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from taylorvit.cli import run_program
-from taylorvit.config import ModelConfig
 from taylorvit.export import export_model
 from taylorvit.models import build_model
 from taylorvit.weights import Source, Step, load_into, load_weights, parse_step
@@ -29,12 +28,16 @@ def export_checkpoint(path: Path | str, folder: Path | str, *, weights: str = "r
     state, source = load_weights(path, weights=weights, step=step)
     if source.model_config is None or source.data_config is None:
         raise ValueError(f"{path}: it does not say which model and data it belongs to; give a run or step folder")
-    model = build_model(ModelConfig(**source.model_config))
-    load_into(model, state)
+    config = source.checked_model_config()
+    model = build_model(config)
+    try:
+        load_into(model, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     export_model(
         model,
         folder,
-        model_config=source.model_config,
+        model_config=vars(config),
         class_names=source.class_names,
         mean=source.data_config["mean"],
         std=source.data_config["std"],

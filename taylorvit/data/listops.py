@@ -144,7 +144,7 @@ def parse(text: bytes) -> bytes:
 
 
 def _unknown_word(text: bytes) -> str:
-    words = text.decode("utf-8", "replace").replace("(", " ").replace(")", " ").split()
+    words = [word.decode("utf-8", "replace") for word in text.replace(b"(", b" ").replace(b")", b" ").split()]
     word = next(word for word in words if word not in TOKENS)
     return f"{word!r} is no token of ListOps (known: {' '.join(TOKENS)})"
 

@@ -34,6 +34,8 @@ MODEL_NAMES: tuple[str, ...] = tuple(default_cfgs)
 SEQUENCE_NAMES: tuple[str, ...] = tuple(sequence.default_cfgs)
 IMAGE_KEYS = ("in_chans", "img_size", "patch_size")
 SEQUENCE_KEYS = ("vocab_size", "max_length")
+# Keywords of timm.create_model that read files or the network: a configuration may come from a stranger's checkpoint.
+LOADING_KEYS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 
 
 def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> nn.Module:
@@ -153,6 +155,8 @@ def _extra_keywords(config: ModelConfig) -> dict[str, Any]:
     for key in config.kwargs:
         if key in own:
             raise ValueError(f"model.kwargs must not hold {key!r}: set model.{key}")
+        if key in LOADING_KEYS:
+            raise ValueError(f"model.kwargs must not hold {key!r}, which loads weights: set train.finetune")
         if config.name in MODEL_NAMES + SEQUENCE_NAMES and key not in known:
             hint = nearest(key, [*known, *own])
             raise ValueError(f"model.kwargs has unknown keyword {key!r}{hint} (known: {', '.join(sorted(known))})")

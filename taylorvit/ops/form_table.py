@@ -18,17 +18,24 @@ PATH = Path(__file__).with_name("crossovers.json")
 
 
 def load(path: Path = PATH) -> dict[tuple[str, bool], dict[int, float]]:
-    """Read the file: (implementation, whether training) -> head dimension -> token count; {} where there is no file."""
+    """Read the file: (implementation, whether training) -> head dimension -> token count; {} where there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     if not path.exists():
         return {}
-    measured: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return {
-        (impl, pass_name == "training"): {
-            int(head_dim): math.inf if crossover is None else crossover for head_dim, crossover in crossovers.items()
+    try:
+        measured: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            (impl, pass_name == "training"): {
+                int(head_dim): math.inf if crossover is None else float(crossover) for head_dim, crossover in crossovers.items()
+            }
+            for impl, measurement in measured.items()
+            for pass_name, crossovers in measurement["crossovers"].items()
         }
-        for impl, measurement in measured.items()
-        for pass_name, crossovers in measurement["crossovers"].items()
-    }
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path}: it is no table of crossings ({type(error).__name__}: {error})") from error
 
 
 CROSSOVERS = load()

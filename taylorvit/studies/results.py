@@ -86,10 +86,13 @@ def read_measurement(file: Path, asked: Iterable[str]) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        assert isinstance(content["rows"], list)
         assert content["rows"]
-        assert {*asked, "provenance"} <= content.keys()
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{file}: it is not a measurement ({error!r}); remove it to measure again") from error
+        assert all(isinstance(row, dict) for row in content["rows"])
+        assert all(isinstance(content[key], dict) for key in (*asked, "provenance"))
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file}: it is not a measurement ({reason}); remove it to measure again") from error
     return content
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from taylorvit.cli import one_line
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict
+from taylorvit.data import explained_loader_failures
 from taylorvit.distributed import build_accelerator
 from taylorvit.evaluation import evaluate
 from taylorvit.logger import Logger
@@ -88,6 +89,7 @@ def train(config: Config) -> int:
                 run.write_status("starting", update=0, epoch=0)
             found = find_checkpoint(config, run, accelerator)
             session = build_session(config, accelerator, finetune=found is None)
+            session.bad_samples.start(continued=found is not None)
             notes: list[str] = []
             if found is not None:
                 progress, notes = restore(session, found)
@@ -97,7 +99,8 @@ def train(config: Config) -> int:
                 notes.append(f"there is no checkpoint in {run.checkpoints}: the run starts again from zero")
             loop = _build_loop(session, run, progress, stop, notes)
             try:
-                stopped = _train_epochs(loop)
+                with explained_loader_failures():
+                    stopped = _train_epochs(loop)
             finally:
                 loop.logger.close()
         except BaseException as error:
@@ -179,6 +182,7 @@ def _train_epoch(loop: Loop) -> bool:
     for update in range(first, session.updates_per_epoch):
         learning_rate = current_learning_rate(session.optimizer)
         result = run_update(loop, batches, epoch=epoch, update=update)
+        session.bad_samples.share()
         progress.advance(result.loss)
         session.scheduler.step_update(progress.update)
         loop.logger.advance(progress.update)
@@ -209,6 +213,8 @@ def _finish_epoch(loop: Loop) -> None:
             save(session, loop.run, progress)  # a kill during the evaluation then costs no update
         metrics = evaluate_epoch(session, progress)
         loop.logger.record("evaluate", update=progress.update, epoch=epoch, values=metrics)
+    for line in session.bad_samples.describe():
+        loop.logger.say(line)
     if config.log.histogram_every_epochs and epoch % config.log.histogram_every_epochs == 0:
         loop.logger.temperatures(session.bare_model, progress.update)
     is_best = progress.finish_epoch(metrics.get(config.checkpoint.metric))
@@ -277,7 +283,9 @@ def evaluate_epoch(session: Session, progress: Progress) -> dict[str, float]:
     if session.ema is not None:
         averaged = evaluate(session.ema.module, session.eval_loader, session.accelerator, num_classes=classes)
         metrics |= {"ema_loss": averaged.loss, "ema_top1": averaged.top1, "ema_top5": averaged.top5}
-    return metrics | {"samples": raw.samples, "seconds": time.monotonic() - started}
+    session.bad_samples.share()
+    missing = {"unreadable": raw.unreadable} if raw.unreadable else {}
+    return metrics | {"samples": raw.samples, **missing, "seconds": time.monotonic() - started}
 
 
 def _saves_at(config: Config, update: int) -> bool:

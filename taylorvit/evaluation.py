@@ -8,19 +8,24 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from taylorvit.config import Config
+from taylorvit.config import Config, DataConfig
 from taylorvit.data import (
     AnyDataset,
     ImageDataset,
+    ImageError,
+    Loader,
     Variant,
     build_dataset,
     build_eval_loader,
     check_num_classes,
     check_sequences,
+    explained_loader_failures,
     get_variant,
+    most_unreadable,
     reference_lines,
 )
 from taylorvit.metrics import correct_in_top
@@ -38,6 +43,7 @@ class Evaluation:
         top1: per cent of images whose label has the largest logit.
         top5: per cent of images whose label is among the five largest logits.
         confusion: (K, K) int64, rows are labels and columns predictions; None where it was not asked for.
+        unreadable: images that could not be read, are in none of these figures, and with data.on_error stop end the run.
     """
 
     samples: int
@@ -45,6 +51,7 @@ class Evaluation:
     top1: float
     top5: float
     confusion: Tensor | None = None
+    unreadable: int = 0
 
 
 @torch.no_grad()
@@ -74,6 +81,7 @@ def evaluate(
     was_training = module.training
     module.eval()
     counts = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # samples, loss, top-1, top-5
+    seen = torch.zeros(1, dtype=torch.float64, device=accelerator.device)  # a variant may judge fewer
     confusion = None
     if with_confusion or variant is not None:
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=accelerator.device)
@@ -83,8 +91,9 @@ def evaluate(
         with accelerator.autocast():
             logits = module(images)
         counts += _judge(logits.float(), labels, indices, confusion, variant)
+        seen += len(labels)
     module.train(was_training)
-    samples, loss, top1, top5 = accelerator.reduce(counts, reduction="sum").tolist()
+    samples, loss, top1, top5, read = accelerator.reduce(torch.cat([counts, seen]), reduction="sum").tolist()
     total = max(samples, 1.0)
     return Evaluation(
         samples=round(samples),
@@ -92,6 +101,7 @@ def evaluate(
         top1=100 * top1 / total,
         top5=100 * top5 / total,
         confusion=None if confusion is None else accelerator.reduce(confusion, reduction="sum").cpu(),
+        unreadable=len(loader.dataset) - round(read),  # type: ignore[arg-type]
     )
 
 
@@ -146,7 +156,8 @@ def evaluate_checkpoint(
         variant_name: one of `taylorvit.data.VARIANTS`, or None.
 
     Raises:
-        ValueError: the weights do not fit the model, or the classes of the data are not those of the checkpoint.
+        ValueError: the weights do not fit the model, the classes of the data are not those of the checkpoint, or more images
+            cannot be read than data.max_bad_share allows.
     """
     started = time.monotonic()
     dataset = build_dataset(
@@ -168,17 +179,20 @@ def evaluate_checkpoint(
         batch_size=config.evaluate.batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
+        timeout_seconds=config.timeout_seconds,
     )
     model = model.to(accelerator.device)
     if config.train.compile:
         model.compile()
     num_classes = variant.num_classes if variant else config.model.num_classes
+    with explained_loader_failures():
+        evaluation = evaluate(model, loader, accelerator, num_classes=num_classes, variant=variant, with_confusion=True)
     return Judgement(
         source=source,
         config=config,
-        evaluation=evaluate(model, loader, accelerator, num_classes=num_classes, variant=variant, with_confusion=True),
+        evaluation=evaluation,
         classes=variant.classes if variant else dataset.classes,
-        notes=notes,
+        notes=notes + _check_unreadable(loader, evaluation, config.data, accelerator),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         forms=list(dict.fromkeys(attention_forms(model))),
         reference_lines=_reference_lines(config, dataset),
@@ -193,6 +207,18 @@ def _reference_lines(config: Config, judged: AnyDataset) -> dict[str, float]:
     if config.data.dataset != "listops":
         return {}
     return reference_lines(build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans), judged)
+
+
+def _check_unreadable(loader: Loader, evaluation: Evaluation, data: DataConfig, accelerator: Accelerator) -> list[str]:
+    """Return a note on the images that are in no figure, or raise an ImageError where they are too many."""
+    if not evaluation.unreadable:
+        return []
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    first = min(gather_object(list(loader.unreadable.values())))
+    text = f"{evaluation.unreadable} of {total} images cannot be read, such as: {first}"
+    if evaluation.unreadable > (most := most_unreadable(total, data)):
+        raise ImageError(f"{text}; data.max_bad_share {data.max_bad_share:g} allows {most}")
+    return [f"judged {total - evaluation.unreadable} of {total} images: {text}"]
 
 
 def _device_name(device: torch.device) -> str:

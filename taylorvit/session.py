@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader
 
+from taylorvit.bad_samples import BadSamples
 from taylorvit.config import Config, TrainConfig
 from taylorvit.data import (
     AnyDataset,
     ImageDataset,
+    Loader,
     Mixer,
     TrainLoader,
     build_dataset,
@@ -55,7 +57,8 @@ class Session:
     train_set: AnyDataset
     val_set: AnyDataset
     train_loader: TrainLoader
-    eval_loader: DataLoader
+    eval_loader: Loader
+    bad_samples: BadSamples
     mixer: Mixer
     model: nn.Module
     ema: ModelEmaV3 | None
@@ -139,6 +142,28 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
         if ema is not None:
             ema.module.compile()  # evaluated like the raw weights
     model, optimizer = accelerator.prepare(model, optimizer)
+    train_loader = build_train_loader(
+        train_set,
+        data=config.data,
+        augment=config.augment,
+        img_size=config.model.img_size,
+        seed=config.seed,
+        micro_batch_size=split.micro_batch_size,
+        rank=split.rank,
+        world_size=split.world_size,
+        accumulation=split.accumulation,
+        timeout_seconds=config.timeout_seconds,
+    )
+    eval_loader = build_eval_loader(
+        val_set,
+        data=config.data,
+        img_size=config.model.img_size,
+        batch_size=config.evaluate.batch_size,
+        rank=split.rank,
+        world_size=split.world_size,
+        timeout_seconds=config.timeout_seconds,
+    )
+    loaders: dict[str, Loader] = {"train": train_loader, "val": eval_loader}
     return Session(
         config=config,
         accelerator=accelerator,
@@ -146,25 +171,9 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
         updates_per_epoch=updates_per_epoch,
         train_set=train_set,
         val_set=val_set,
-        train_loader=build_train_loader(
-            train_set,
-            data=config.data,
-            augment=config.augment,
-            img_size=config.model.img_size,
-            seed=config.seed,
-            micro_batch_size=split.micro_batch_size,
-            rank=split.rank,
-            world_size=split.world_size,
-            accumulation=split.accumulation,
-        ),
-        eval_loader=build_eval_loader(
-            val_set,
-            data=config.data,
-            img_size=config.model.img_size,
-            batch_size=config.evaluate.batch_size,
-            rank=split.rank,
-            world_size=split.world_size,
-        ),
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        bad_samples=BadSamples(Path(config.run_dir) / "bad_samples.txt", loaders, config.data, accelerator),
         mixer=Mixer(config.augment, num_classes=config.model.num_classes, seed=config.seed),
         model=model,
         ema=ema,

@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
     {"config", "randomness"},
     {
         "adaptation",
+        "bad_samples",
         "checkpoint",
         "cli",
         "config_loading",

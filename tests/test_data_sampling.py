@@ -205,7 +205,9 @@ def test_what_goes_to_a_spawned_worker_can_be_pickled(reference):
     loader = train_loader()
     copy = pickle.loads(pickle.dumps(loader.dataset))
     key = next(iter(loader.batch_sampler))[0]
-    assert torch.equal(copy[key][0], reference[0][0])
+    (image, _), problem = copy[key]
+    assert torch.equal(image, reference[0][0])
+    assert problem is None
     pickle.loads(pickle.dumps(loader.worker_init_fn))
 
 

@@ -7,8 +7,9 @@ from taylorvit.data.augment import build_eval_transform, build_train_transform, 
 from taylorvit.data.comparison import check_classes, check_num_classes, dataset_fingerprint
 from taylorvit.data.imagenet_variants import VARIANTS, Variant, get_variant
 from taylorvit.data.images import DATASETS, ImageDataset, ImageError
+from taylorvit.data.loader import Loader, LoaderError, explained_loader_failures
 from taylorvit.data.mixing import Mixer, check_mixing, is_mixing
-from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates
+from taylorvit.data.sampling import TrainLoader, build_eval_loader, build_train_loader, epoch_updates, most_unreadable
 from taylorvit.data.sequences import (
     PIXELS,
     AnyDataset,
@@ -30,6 +31,8 @@ __all__ = [
     "AnyDataset",
     "ImageDataset",
     "ImageError",
+    "Loader",
+    "LoaderError",
     "Mixer",
     "PixelDataset",
     "TokenDataset",
@@ -48,10 +51,12 @@ __all__ = [
     "check_sequences",
     "dataset_fingerprint",
     "epoch_updates",
+    "explained_loader_failures",
     "format_reference_lines",
     "get_variant",
     "holds_sequences",
     "is_mixing",
+    "most_unreadable",
     "reference_lines",
     "share_samples",
 ]

@@ -4,29 +4,26 @@ Everything is a function of (seed, epoch, position). The order is a permutation 
 positions [u G, (u + 1) G) of it, G the global batch size; in it micro-step a of process r takes the b positions from
 (a world_size + r) b. Each image is fetched by the key (epoch, index) and augmented under the seed ("sample", seed, epoch,
 index). So workers, processes and resuming change nothing, and skipping ahead loads nothing.
+
+With data.on_error skip an image that is damaged has the next readable one of the set in its place, under its own seed: that too
+is a function of (seed, epoch, index).
 """
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import signal
-import weakref
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from torch.utils.data import Dataset, Sampler
 
 from taylorvit.config import AugmentConfig, DataConfig
 from taylorvit.data.augment import build_eval_transform, build_train_transform
-from taylorvit.data.images import ImageDataset
+from taylorvit.data.images import ImageDataset, ImageError, StorageError
+from taylorvit.data.loader import Loader, Unreadable
 from taylorvit.data.sequences import AnyDataset, TokenDataset, pad_batch
 from taylorvit.randomness import numpy_generator, seed_all
-
-WORKER_NAME = "image loader"
 
 Transform = Callable[[Any], Tensor]  # of an image, or of tokens
 
@@ -86,70 +83,82 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
             yield [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]]
 
 
+def most_unreadable(dataset_len: int, data: DataConfig) -> int:
+    """Return how many samples of a set may be left out."""
+    share = data.max_bad_share if data.on_error == "skip" else 0.0
+    return math.ceil(round(share * dataset_len, 6))  # 0.07 * 100 is a little more than 7
+
+
+def _with_advice(error: ImageError) -> ImageError:
+    return ImageError(f"{error}; repair it, or let data.on_error skip leave it out")
+
+
 class KeyedDataset(Dataset):
     """A training set fetched by (epoch, index); images are augmented under a seed of these and the run's seed alone.
 
     Fetching reseeds the global generators of the process it happens in. With `num_workers=0` that is the training process:
     whoever draws there must seed first, as the engine does before each forward pass.
+
+    Args:
+        dataset: the samples.
+        transform: of one.
+        seed: of the run.
+        most_unreadable: samples that may be replaced by the next one in the set that can be read; 0 stops at the first.
     """
 
-    def __init__(self, dataset: AnyDataset, transform: Transform, *, seed: int) -> None:
+    def __init__(self, dataset: AnyDataset, transform: Transform, *, seed: int, most_unreadable: int = 0) -> None:
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
+        self.most_unreadable = most_unreadable
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[tuple[Tensor, int], Unreadable | None]:
         epoch, index = key
-        sample, label = self.dataset[index]
+        (sample, label), problem = self._read(index)
         seed_all("sample", self.seed, epoch, index)
-        return self.transform(sample), label
+        return (self.transform(sample), label), problem
+
+    def _read(self, index: int) -> tuple[tuple[Any, int], Unreadable | None]:
+        """Return sample `index`, or the next one that can be read and what is wrong with this one."""
+        problem: Unreadable | None = None
+        for step in range(self.most_unreadable + 1):
+            try:
+                return self.dataset[(index + step) % len(self.dataset)], problem
+            except StorageError:
+                raise
+            except ImageError as error:
+                if not self.most_unreadable:
+                    raise _with_advice(error) from error
+                problem = problem or Unreadable(index, str(error))
+        assert problem is not None
+        count = f"{self.most_unreadable + 1} samples in a row cannot be read, more than data.max_bad_share allows"
+        raise ImageError(f"{count}; the first: {problem.message}")
 
 
 class IndexedDataset(Dataset):
-    """An evaluation set of (tensor, label, index)."""
+    """An evaluation set of (tensor, label, index); with `skip` a sample that cannot be read is missing."""
 
-    def __init__(self, dataset: AnyDataset, transform: Transform) -> None:
+    def __init__(self, dataset: AnyDataset, transform: Transform, *, skip: bool = False) -> None:
         self.dataset = dataset
         self.transform = transform
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        sample, label = self.dataset[index]
-        return self.transform(sample), label, index
-
-
-class Loader(DataLoader):
-    """A DataLoader whose workers are ended when the process exits, see `_end_workers`."""
-
-    def __iter__(self) -> Any:
-        iterator = super().__iter__()
-        if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            _ITERATORS.add(iterator)
-            for worker in iterator._workers:
-                worker.name = WORKER_NAME
-        return iterator
-
-
-def _end_workers(iterators: weakref.WeakSet[_MultiProcessingDataLoaderIter]) -> None:
-    """Ask all workers to leave, and kill those left over, as by an iterator that was garbage in a reference cycle.
-
-    At exit Python sends SIGTERM to child processes and waits for them, for ever if they ignore it, as ours do.
-    """
-    for iterator in list(iterators):
-        iterator._shutdown_workers()
-    for process in multiprocessing.active_children():
-        if process.name == WORKER_NAME:
-            process.kill()
-
-
-# Weak references: a finished iterator must not keep the pipes of its workers open.
-_ITERATORS: weakref.WeakSet[_MultiProcessingDataLoaderIter] = weakref.WeakSet()
-atexit.register(_end_workers, _ITERATORS)  # multiprocessing was imported above, so this runs before it waits at exit
+    def __getitem__(self, index: int) -> tuple[tuple[Tensor, int, int] | None, Unreadable | None]:
+        try:
+            sample, label = self.dataset[index]
+        except ImageError as error:
+            if isinstance(error, StorageError):
+                raise
+            if not self.skip:
+                raise _with_advice(error) from error
+            return None, Unreadable(index, str(error))
+        return (self.transform(sample), label, index), None
 
 
 class TrainLoader(Loader):
@@ -174,6 +183,7 @@ def build_train_loader(
     rank: int,
     world_size: int,
     accumulation: int,
+    timeout_seconds: float = 1800,
 ) -> TrainLoader:
     """Build the loader of one process's images (b, C, H, W) float32, normalised, or tokens (b, N) int64, and labels (b,) int64.
 
@@ -199,12 +209,26 @@ def build_train_loader(
         accumulation=accumulation,
     )
     sampler.set_position(epoch)
-    keyed = KeyedDataset(dataset, transform, seed=seed)
-    return TrainLoader(keyed, batch_sampler=sampler, **_loader_options(dataset, data, persistent=True))
+    keyed = KeyedDataset(dataset, transform, seed=seed, most_unreadable=most_unreadable(len(dataset), data))
+    return TrainLoader(
+        keyed,
+        batch_sampler=sampler,
+        data=data,
+        collate=_collate(dataset),
+        timeout_seconds=timeout_seconds,
+        persistent=True,
+    )
 
 
 def build_eval_loader(
-    dataset: AnyDataset, *, data: DataConfig, img_size: int, batch_size: int, rank: int, world_size: int
+    dataset: AnyDataset,
+    *,
+    data: DataConfig,
+    img_size: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    timeout_seconds: float = 1800,
 ) -> Loader:
     """Build the loader of one process's share: images (b, C, H, W) or tokens (b, N), labels (b,), indices (b,).
 
@@ -216,29 +240,20 @@ def build_eval_loader(
         transform = build_eval_transform(
             img_size=img_size, crop_pct=data.crop_pct, interpolation=data.interpolation, mean=data.mean, std=data.std
         )
-    share = range(rank, len(dataset), world_size)
-    options = _loader_options(dataset, data, persistent=False)
-    return Loader(IndexedDataset(dataset, transform), batch_size=batch_size, sampler=share, **options)
+    return Loader(
+        IndexedDataset(dataset, transform, skip=data.on_error == "skip"),
+        batch_size=batch_size,
+        sampler=range(rank, len(dataset), world_size),
+        data=data,
+        collate=_collate(dataset),
+        timeout_seconds=timeout_seconds,
+        persistent=False,
+    )
 
 
 def _as_it_is(tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _loader_options(dataset: AnyDataset, data: DataConfig, *, persistent: bool) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "num_workers": data.num_workers,
-        "collate_fn": pad_batch if isinstance(dataset, TokenDataset) else None,  # None is PyTorch's own
-        "pin_memory": data.pin_memory and torch.cuda.is_available(),
-        "generator": torch.Generator(),  # else every iter() would draw from the global generator
-    }
-    if data.num_workers > 0:
-        options |= {"prefetch_factor": data.prefetch_factor, "persistent_workers": persistent, "worker_init_fn": init_worker}
-    return options
-
-
-def init_worker(worker_id: int) -> None:
-    """Prepare a loader worker: one thread, and the signals that end a run ignored, for the training process answers them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
+def _collate(dataset: AnyDataset) -> Any:
+    return pad_batch if isinstance(dataset, TokenDataset) else None  # None is PyTorch's own

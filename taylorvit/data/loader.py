@@ -1,0 +1,193 @@
+"""Batches from worker processes: what could not be read is told beside each batch, and a worker's failure is one line.
+
+PyTorch waits for ever for a worker that hangs, and reports one that died from wherever the training process happens to be.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import re
+import signal
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from taylorvit.config import DataConfig
+
+WORKER_NAME = "image loader"
+PATIENCE = 0.8  # of timeout_seconds: the other processes wait in a collective that long, and should hear the cause instead
+Collate = Callable[[list[Any]], Any]
+
+# What PyTorch says where a worker is lost, and what is behind it, most often.
+_CAUSES = (
+    (
+        r"Bus error|shared memory|</torch_|No space left on device",
+        "the shared memory (/dev/shm) is full: set data.num_workers or data.prefetch_factor lower, or enlarge it (docker run "
+        "--shm-size=8g)",
+    ),
+    (
+        r"signal: Killed",
+        "most often the memory ran out: set data.num_workers or data.prefetch_factor lower; the kernel's log (dmesg) tells",
+    ),
+    (
+        r"Segmentation fault|Aborted|Illegal instruction|Floating point|signal: (Bad|Trace)",
+        "a library crashed, perhaps over a damaged image: with data.num_workers 0 it crashes in the training process",
+    ),
+    (r"Too many open files|ancdata", "raise the limit of open files (ulimit -n), or set data.num_workers lower"),
+    (r"signal: ", "something outside of the run ended it"),
+    (r"", "something in it ended the process: with data.num_workers 0 it would end the training process"),
+)
+
+
+class Unreadable(NamedTuple):
+    """A sample that could not be read, by its number, and why."""
+
+    number: int
+    message: str
+
+
+class LoaderError(ChildProcessError):
+    """A worker of a loader died or hangs; the message names it and the likely cause."""
+
+
+class Loader(DataLoader):
+    """A DataLoader over pairs (sample or None, `Unreadable` or None).
+
+    It yields the samples' batches and notes what could not be read in `unreadable`, by number. Its workers answer within a
+    time, and are ended when the process exits, see `_end_workers`.
+
+    Args:
+        dataset: gives the pairs.
+        data: workers, prefetching, pinned memory.
+        collate: makes a batch of samples.
+        timeout_seconds: of the run, see PATIENCE; without workers it has no effect.
+        persistent: whether the workers stay for the next iteration.
+        options: of the DataLoader.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        data: DataConfig,
+        collate: Collate | None,
+        timeout_seconds: float,
+        persistent: bool,
+        **options: Any,
+    ) -> None:
+        if data.num_workers > 0:
+            options |= {"prefetch_factor": data.prefetch_factor, "persistent_workers": persistent}
+            options |= {"worker_init_fn": init_worker, "timeout": PATIENCE * timeout_seconds}
+        super().__init__(
+            dataset,
+            num_workers=data.num_workers,
+            collate_fn=partial(_collate_pairs, collate=collate or default_collate),
+            pin_memory=data.pin_memory and torch.cuda.is_available(),
+            generator=torch.Generator(),  # else every iter() would draw from the global generator
+            **options,
+        )
+        self.unreadable: dict[int, str] = {}
+
+    def __iter__(self) -> Any:
+        iterator = super().__iter__()
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            _ITERATORS.add(iterator)
+            for worker in iterator._workers:
+                worker.name = WORKER_NAME
+        return self._batches(iterator)
+
+    def _batches(self, iterator: Iterator[tuple[Any, list[Unreadable]]]) -> Iterator[Any]:
+        while True:
+            try:
+                batch, problems = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if str(error).startswith("DataLoader timed out"):
+                    raise _give_up(iterator, self.timeout) from error
+                raise
+            self.unreadable |= {problem.number: problem.message for problem in problems}
+            if batch is not None:
+                yield batch
+
+
+def _collate_pairs(pairs: Sequence[tuple[Any, Unreadable | None]], *, collate: Collate) -> tuple[Any, list[Unreadable]]:
+    samples = [sample for sample, _ in pairs if sample is not None]
+    return collate(samples) if samples else None, [problem for _, problem in pairs if problem is not None]
+
+
+def _give_up(iterator: Any, seconds: float) -> LoaderError:
+    """Kill the workers of an iterator, one of which has not answered, and return the error that says so."""
+    number = iterator._task_info[iterator._rcvd_idx][0]
+    text = (
+        f"{_name(iterator._workers[number].pid)} has given no batch for {seconds:g} s (4/5 of timeout_seconds) and was killed"
+    )
+    signal_handling._remove_worker_pids(id(iterator))  # else PyTorch would report the deaths that follow, in place of this
+    iterator._worker_pids_set = False
+    for worker in iterator._workers:
+        worker.kill()
+    return LoaderError(f"{text}: most likely the storage of data.root does not answer")
+
+
+@contextmanager
+def explained_loader_failures() -> Iterator[None]:
+    """Turn PyTorch's report of a dead worker, which can come up anywhere in the block, into a LoaderError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        explained = explain_failure(str(error))
+        if explained is None:
+            raise
+        raise LoaderError(explained) from error
+
+
+def explain_failure(text: str) -> str | None:
+    """Return one line for what PyTorch says of a loader that lost a worker, None for any other message."""
+    if "DataLoader worker" not in text and "with the workers" not in text:
+        return None
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\) (?:is )?([^.]*)", text)
+    if found is None:  # not dead, but it could not pass a batch on
+        limit = next((advice for pattern, advice in (_CAUSES[0], _CAUSES[3]) if re.search(pattern, text)), None)
+        return limit and f"a loader worker cannot pass its batch on: {limit}"
+    workers = ", ".join(_name(int(pid)) for pid in found[1].split(", "))
+    end = found[2].strip().replace("by signal: ", "by the signal ")
+    cause = next(advice for pattern, advice in _CAUSES if re.search(pattern, text))
+    return f"{workers} {'was ' if 'signal' in end else ''}{end}: {cause}"
+
+
+def _name(pid: int) -> str:
+    numbers = (number for iterator in list(_ITERATORS) for number, worker in enumerate(iterator._workers) if worker.pid == pid)
+    number = next(numbers, None)
+    return f"loader worker (process {pid})" if number is None else f"loader worker {number} (process {pid})"
+
+
+def _end_workers(iterators: weakref.WeakSet[_MultiProcessingDataLoaderIter]) -> None:
+    """Ask all workers to leave, and kill those left over, as by an iterator that was garbage in a reference cycle.
+
+    At exit Python sends SIGTERM to child processes and waits for them, for ever if they ignore it, as ours do.
+    """
+    for iterator in list(iterators):
+        iterator._shutdown_workers()
+    for process in multiprocessing.active_children():
+        if process.name == WORKER_NAME:
+            process.kill()
+
+
+# Weak references: a finished iterator must not keep the pipes of its workers open.
+_ITERATORS: weakref.WeakSet[_MultiProcessingDataLoaderIter] = weakref.WeakSet()
+atexit.register(_end_workers, _ITERATORS)  # multiprocessing was imported above, so this runs before it waits at exit
+
+
+def init_worker(worker_id: int) -> None:
+    """Prepare a loader worker: one thread, and the signals that end a run ignored, for the training process answers them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

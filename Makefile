@@ -1,5 +1,5 @@
 # make quickstart   train a small TaylorViT on real digits and evaluate it; a second call continues or evaluates that run
-# make test         run the tests
+# make test         run the tests, on at most 8 cores at once
 # make test-gpu     run the tests that need a GPU, and those of the kernels on it, slow ones too
 # make check        check formatting, lint and types
 # make format       apply formatting and lint fixes
@@ -31,7 +31,7 @@ quickstart: $(RUNTIME)
 	@$(BIN)/python eval.py $(RUN_DIR) --worst 0
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -m "" tests/test_gpu*.py tests/test_operators.py

@@ -131,7 +131,7 @@ def test_the_best_batch_is_measured_side_by_side(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("no_picture")
 def test_memory_is_measured_on_request_and_running_out_of_it_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(model_cost, "peak_memory", lambda *args, **kwargs: 3 * 2**20)
-    arguments = ["--memory", "--pass", "training", "--batch_size", "1", "16384", "--memory_limit_gib", "0.06"]
+    arguments = ["--memory", "--pass", "training", "--batch_size", "1", "131072", "--memory_limit_gib", "0.06"]
     assert (
         run_tool(monkeypatch, bench_model.main, *write_configs(tmp_path, a="softmax"), *arguments, "--out", str(tmp_path)) == 0
     )
@@ -139,7 +139,7 @@ def test_memory_is_measured_on_request_and_running_out_of_it_is_a_row(monkeypatc
     assert (small["status"], small["peak_bytes"]) == ("ok", 3 * 2**20)
     assert (large["status"], large["seconds"], large["peak_bytes"]) == ("out of memory", None, None)
     table = (tmp_path / "model.md").read_text()
-    assert "| training | 16384 | softmax | out of memory |" in table
+    assert "| training | 131072 | softmax | out of memory |" in table
     assert "| 3 MiB | " in table
 
 

@@ -536,7 +536,7 @@ def test_only_what_is_right_gets_a_time() -> None:
     assert "GiB" in rows["skipped"].note
     assert rows["sdpa_cudnn"].status == "cannot run"
     timed = rows["taylor_efficient_reference"]
-    assert 0.2 < timed.speedup / (rows["sdpa"].seconds / timed.seconds) < 5  # of two rounds on a busy machine
+    assert 0.02 < timed.speedup / (rows["sdpa"].seconds / timed.seconds) < 50  # two rounds, busy; upside down it is 1 in 1,000
     assert timed.gflops == pytest.approx(ops_efficient(200, 4) / timed.seconds / 1e9)
     table = markdown_table(list(rows.values()))
     assert "| wrong | WRONG: error" in table

@@ -184,7 +184,7 @@ def test_a_cut_archive_is_refused_wherever_it_is_cut(archive: Path, tmp_path: Pa
     damaged = bytearray(content)
     damaged[start : start + 512] = b"x" * 512
     path.write_bytes(damaged)
-    with pytest.raises(ValueError, match="cut.tar: the archive is cut or damaged after"):
+    with pytest.raises(ValueError, match="cut.tar: .*cut or damaged after"):
         open_split(path)
 
 

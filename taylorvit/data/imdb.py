@@ -17,11 +17,12 @@ from timm.utils import natural_key
 
 from taylorvit.data.byte_source import ByteSource
 from taylorvit.data.tables import StringTable
+from taylorvit.data.webdataset import checked_members
 
 CLASSES = ["neg", "pos"]
 SPLITS = ("train", "test")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
-BLOCK_BYTES = 512  # of a tar: what is in it begins at multiples of this, and a block of zeros ends it
+MAX_REVIEW_BYTES = 2**24  # the longest has 14,000; a header may claim any number
 
 
 class Imdb(ByteSource):
@@ -65,30 +66,24 @@ def _read_folder(root: Path, split: str) -> Iterator[tuple[str, bytes]]:
             present = ", ".join(sorted(path.name for path in root.iterdir())[:5]) or "nothing"
             raise ValueError(f"data.root: no folder {folder}; {root} must be aclImdb itself, it holds {present}")
         for path in folder.glob("*.txt"):
-            if not path.name.startswith("."):
+            if not path.name.startswith(".") and path.is_file():  # a pipe would be waited for
                 yield f"{split}/{name}/{path.name}", path.read_bytes()
 
 
 def _read_archive(path: Path, split: str) -> Iterator[tuple[str, bytes]]:
-    """Yield path and bytes of every review in a tar, in any folder of it.
-
-    Python's tarfile takes a damaged header for the end; so that no review is missed unseen, the end is looked at.
-    """
+    """Yield path and bytes of every review in a tar, in any folder of it."""
     if not path.is_file() or not path.name.endswith(ARCHIVES):
         raise ValueError(f"data.root {str(path)!r} must be the folder aclImdb or a file {', '.join(ARCHIVES)}")
     wanted = re.compile(rf"(?:^|/)({split}/(?:{'|'.join(CLASSES)})/[^/.][^/]*\.txt)$")
-    end = 0
     try:
         opener = open if path.name.endswith(".tar") else gzip.open
         with opener(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                end = info.offset_data + -(-info.size // BLOCK_BYTES) * BLOCK_BYTES
+            for info in checked_members(tar, file):  # type: ignore[arg-type]
                 if info.isfile() and (match := wanted.search(info.name)):
+                    if info.size > MAX_REVIEW_BYTES:
+                        raise ValueError(f"{path}: {info.name[:100]!r} has {info.size:,} bytes, too many for a review")
                     content = tar.extractfile(info)
                     assert content is not None
                     yield match[1], content.read()
-            file.seek(end)
-            if file.read(BLOCK_BYTES) != bytes(BLOCK_BYTES):
-                raise ValueError(f"{path}: the archive is cut or damaged after {end:,} bytes")
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: not a readable archive ({error})") from error

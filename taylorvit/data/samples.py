@@ -7,6 +7,7 @@ Fashion-MNIST is read straight from the four files its authors (and Debian) publ
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import shutil
 import tempfile
@@ -123,7 +124,7 @@ def load_idx(path: Path, magic: int) -> np.ndarray:
     if header[0] != magic:
         raise ValueError(f"{path}: not an idx file of {num_dims}-dimensional bytes (magic number 0x{magic:04x} expected)")
     shape = tuple(int(size) for size in header[1:])
-    expected = 4 + 4 * num_dims + int(np.prod(shape))
+    expected = 4 + 4 * num_dims + math.prod(shape)
     if len(content) != expected:
         raise ValueError(f"{path}: {len(content)} bytes, but its header {shape} makes {expected}: cut or damaged")
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * num_dims).reshape(shape)

@@ -8,6 +8,7 @@ in any process, on which our order, augmentation and resume rest. So the headers
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -25,7 +26,8 @@ import numpy as np
 from taylorvit.data.tables import StringTable, total_order
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+MAX_LABEL_BYTES = 2**20
 MAX_CLASSES = 1_000_000  # a label beyond is a slip; so many names of classes would not fit the memory
 
 
@@ -166,18 +168,23 @@ def _signature(path: Path, status: os.stat_result) -> list[Any]:
 def _load_index(cache: Path, head: dict) -> TarIndex | None:
     try:
         content = json.loads(cache.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: it is only a cache
-        return None
-    if not isinstance(content, dict) or content.get("head") != head:
+        if content["head"] != head or content["sha256"] != _digest(content["index"]):
+            return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none yet, or damaged: it is only a cache
         return None
     return TarIndex(**content["index"])
+
+
+def _digest(index: Any) -> str:
+    return hashlib.sha256(json.dumps(index).encode()).hexdigest()
 
 
 def _save_index(cache: Path, head: dict, index: TarIndex) -> None:
     """Write the index under a name of its own and rename it, so that any number of processes may do so at once."""
     temporary = cache.with_name(f"{cache.name}.{secrets.token_hex(8)}")
     try:
-        temporary.write_text(json.dumps({"head": head, "index": index.to_json()}))
+        values = index.to_json()
+        temporary.write_text(json.dumps({"head": head, "sha256": _digest(values), "index": values}))
         os.replace(temporary, cache)
     except OSError:  # a read-only data folder is usual; the scan is repeated next time
         with suppress(OSError):  # a read-only file system refuses even this
@@ -221,12 +228,14 @@ def _read_label(tar: Path, key: str, parts: dict[str, Member]) -> int:
     part = parts.get("cls") or parts.get("json")
     if part is None:
         raise ValueError(f"{tar}: sample {key!r} has neither a .cls nor a .json file")
+    if part.size > MAX_LABEL_BYTES:
+        raise ValueError(f"{tar}: {part.path} has {part.size:,} bytes, too many for a label")
     with open(tar, "rb") as file:
         file.seek(part.offset)
         content = file.read(part.size)
     try:
         label = int(content) if "cls" in parts else json.loads(content)["label"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{tar}: {part.path} holds no class number ({error!r})") from error
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
         raise ValueError(f"{tar}: {part.path} gives class {label!r}; a number from 0 to {MAX_CLASSES - 1} is needed")
@@ -257,7 +266,7 @@ def _scan(path: Path, number: int) -> list[Member]:
 def _scan_open(file: BinaryIO, number: int, base: int, above: str) -> Iterator[Member]:
     """Yield the files of the open tar, whose first byte lies at `base` of the outermost one; `above` is its path there."""
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        for info in tar:
+        for info in checked_members(tar, file):
             path = os.path.normpath(os.path.join(above, info.name))
             if not info.isfile() or any(part.startswith(".") for part in path.split("/")):
                 continue
@@ -267,6 +276,23 @@ def _scan_open(file: BinaryIO, number: int, base: int, above: str) -> Iterator[M
                 yield from _scan_open(inner, number, base + info.offset_data, path.removesuffix(".tar"))  # type: ignore[arg-type]
             else:
                 yield Member(path, number, base + info.offset_data, info.size)
+
+
+def checked_members(tar: tarfile.TarFile, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of an open tar; Python takes a damaged header for the end, so the end is looked at.
+
+    Raises:
+        tarfile.TarError: it is cut or damaged, or a member is not stored as it is.
+    """
+    end = 0
+    for info in tar:
+        if info.issparse():
+            raise tarfile.TarError(f"{info.name[:100]!r} is stored with gaps; pack it without --sparse")
+        end = info.offset_data + (-(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE if info.isreg() else 0)
+        yield info
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.TarError(f"cut or damaged after {end:,} bytes")
 
 
 def _is_image(path: str) -> bool:

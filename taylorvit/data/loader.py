@@ -9,6 +9,7 @@ import atexit
 import multiprocessing
 import re
 import signal
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from taylorvit.config import DataConfig
 
 WORKER_NAME = "image loader"
 PATIENCE = 0.8  # of timeout_seconds: the other processes wait in a collective that long, and should hear the cause instead
+DEATH_SECONDS = 2.0  # between the first sign of a worker's death and its exit code
 Collate = Callable[[list[Any]], Any]
 
 # What PyTorch says where a worker is lost, and what is behind it, most often.
@@ -110,9 +112,11 @@ class Loader(DataLoader):
                 batch, problems = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 if str(error).startswith("DataLoader timed out"):
                     raise _give_up(iterator, self.timeout) from error
+                if lost := _lost_worker(iterator, error):
+                    raise LoaderError(lost) from error
                 raise
             self.unreadable |= {problem.number: problem.message for problem in problems}
             if batch is not None:
@@ -130,11 +134,33 @@ def _give_up(iterator: Any, seconds: float) -> LoaderError:
     text = (
         f"{_name(iterator._workers[number].pid)} has given no batch for {seconds:g} s (4/5 of timeout_seconds) and was killed"
     )
-    signal_handling._remove_worker_pids(id(iterator))  # else PyTorch would report the deaths that follow, in place of this
-    iterator._worker_pids_set = False
+    _forget_workers(iterator)
     for worker in iterator._workers:
         worker.kill()
     return LoaderError(f"{text}: most likely the storage of data.root does not answer")
+
+
+def _forget_workers(iterator: Any) -> None:
+    """Let PyTorch report no further death of these workers, which it would do in the place of what is to be said."""
+    signal_handling._remove_worker_pids(id(iterator))
+    iterator._worker_pids_set = False
+
+
+def _lost_worker(iterator: Any, error: Exception) -> str | None:
+    """Explain an error of a batch's way by the worker that died, None if none did.
+
+    A worker that dies with a batch on its way closes the connection first, so that its end may come a moment later.
+    """
+    if not isinstance(iterator, _MultiProcessingDataLoaderIter) or "Caught " in str(error):  # of the data set, passed on
+        return None
+    _forget_workers(iterator)
+    deadline = time.monotonic() + DEATH_SECONDS
+    while time.monotonic() < deadline:
+        for worker in iterator._workers:
+            if not worker.is_alive() and worker.pid is not None:
+                return _explain_end(worker.pid, str(error))
+        time.sleep(0.02)
+    return None
 
 
 @contextmanager
@@ -153,14 +179,24 @@ def explain_failure(text: str) -> str | None:
     """Return one line for what PyTorch says of a loader that lost a worker, None for any other message."""
     if "DataLoader worker" not in text and "with the workers" not in text:
         return None
-    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\) (?:is )?([^.]*)", text)
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\)", text)
     if found is None:  # not dead, but it could not pass a batch on
         limit = next((advice for pattern, advice in (_CAUSES[0], _CAUSES[3]) if re.search(pattern, text)), None)
         return limit and f"a loader worker cannot pass its batch on: {limit}"
-    workers = ", ".join(_name(int(pid)) for pid in found[1].split(", "))
-    end = found[2].strip().replace("by signal: ", "by the signal ")
-    cause = next(advice for pattern, advice in _CAUSES if re.search(pattern, text))
-    return f"{workers} {'was ' if 'signal' in end else ''}{end}: {cause}"
+    return _explain_end(int(found[1].split(",")[0]), text)
+
+
+def _explain_end(pid: int, text: str) -> str:
+    """Name a dead worker, how it ended by its exit code, or else by PyTorch's text, and the likely cause."""
+    worker = next((worker for iterator in list(_ITERATORS) for worker in iterator._workers if worker.pid == pid), None)
+    code = worker.exitcode if worker is not None else None
+    if code is None:
+        found = re.search(r"(?:killed by signal: [A-Za-z ]+|exited unexpectedly(?: with exit code \d+)?)", text)
+        end = found[0] if found else "exited unexpectedly"
+    else:
+        end = f"killed by signal: {signal.strsignal(-code)}" if code < 0 else f"exited unexpectedly with exit code {code}"
+    cause = next(advice for pattern, advice in _CAUSES if re.search(pattern, end))
+    return f"{_name(pid)} {'was ' if 'signal' in end else ''}{end.replace('by signal: ', 'by the signal ')}: {cause}"
 
 
 def _name(pid: int) -> str:

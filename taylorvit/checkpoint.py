@@ -17,7 +17,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ __all__ = [
     "find_newest",
     "list_checkpoints",
     "load_checkpoint",
+    "names_file",
     "pack_state",
     "prune_checkpoints",
     "read_meta",
@@ -229,10 +231,20 @@ def prune_checkpoints(folder: Path | str, *, keep_last: int, keep_best: int, met
 
 def write_durably(path: Path, text: str) -> None:
     """Write a text file and wait until the disk has it."""
-    with open(path, "w", encoding="utf-8") as file:
+    with names_file(path), open(path, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def names_file(path: Path) -> Iterator[None]:
+    """Let an error of the disk name the file: one of a write, such as "No space left on device", does not by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable
 
 NON_FINITE_EXIT_CODE = 5
+LOST_EXIT_CODE = 6
+ONE_LINE = (ValueError, OSError, FloatingPointError)  # what the user can mend, or what happened to the machine
 MOST = 10**9  # of any number on the command line of a tool
 MOST_THREADS = 1024
 
 
 def run_program(main: Callable[[], int]) -> None:
-    """Call `main` and exit with its code; a ValueError or OSError becomes one `error:` line and code 2.
+    """Call `main` and exit with its code; an error of the types in ONE_LINE becomes one `error:` line and `exit_code_of` it.
 
     Each process of a distributed run says which one it is. Anything else keeps its traceback: it is a fault of ours. With
     `--debug` on the command line these errors keep theirs too.
@@ -26,12 +28,19 @@ def run_program(main: Callable[[], int]) -> None:
     where = "" if rank == "0" else f" (process {rank})"
     try:
         code = main()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except ONE_LINE as error:
         if debug:
             raise
         print(f"error{where}: {one_line(error)}", file=sys.stderr, flush=True)
-        code = NON_FINITE_EXIT_CODE if isinstance(error, FloatingPointError) else 2
+        code = exit_code_of(error)
     sys.exit(code)
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code for an error of the types in ONE_LINE."""
+    if isinstance(error, ConnectionError):
+        return LOST_EXIT_CODE
+    return NON_FINITE_EXIT_CODE if isinstance(error, FloatingPointError) else 2
 
 
 def one_line(error: BaseException) -> str:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from taylorvit.cli import one_line
+from taylorvit.cli import ONE_LINE, exit_code_of, one_line
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict
 from taylorvit.data import explained_loader_failures
-from taylorvit.distributed import build_accelerator
+from taylorvit.distributed import Peers, build_accelerator
 from taylorvit.evaluation import evaluate
 from taylorvit.logger import Logger
 from taylorvit.metrics import Pace
@@ -31,6 +32,7 @@ from taylorvit.saving import (
     refuse_second_start,
     restore,
     save,
+    space_notes,
 )
 from taylorvit.session import Session, build_session, describe, total_peak_flops
 from taylorvit.signals import StopRequest
@@ -50,6 +52,7 @@ class Loop:
     logger: Logger
     pace: Pace
     stop: StopRequest
+    peers: Peers
 
     @property
     def last_epoch(self) -> int:
@@ -72,10 +75,26 @@ def train(config: Config) -> int:
     Raises:
         ValueError: a setting that cannot be honoured.
         NonFiniteError: the loss or the gradient is not finite.
+        LostProcessError: another process died, or did not answer for `timeout_seconds`.
+        SystemExit: another process has reported the same error, or the one that this process suffers from.
     """
     accelerator = build_accelerator(
         device=config.device, mixed_precision=config.train.mixed_precision, timeout_seconds=config.timeout_seconds
     )
+    peers = Peers(accelerator)
+    try:
+        return _train(config, accelerator, peers)
+    except Exception as raised:
+        error = peers.explain(raised)
+        if isinstance(error, ONE_LINE) and not peers.is_first_to_say(error):
+            raise SystemExit(exit_code_of(error)) from error
+        if error is raised:
+            raise
+        raise error from raised
+
+
+def _train(config: Config, accelerator: Accelerator, peers: Peers) -> int:
+    """Own the run folder, find where the run stands, and train."""
     run = RunFolder(config.run_dir)
     refuse_second_start(config, run)
     accelerator.wait_for_everyone()  # nobody writes there before all have looked
@@ -97,15 +116,18 @@ def train(config: Config) -> int:
                 notes.append(f"resumed from {found}: update {progress.update}, epoch {progress.epoch}")
             elif run.read_metrics():
                 notes.append(f"there is no checkpoint in {run.checkpoints}: the run starts again from zero")
-            loop = _build_loop(session, run, progress, stop, notes)
+            loop = _build_loop(session, run, progress, stop, peers, notes)
             try:
                 with explained_loader_failures():
                     stopped = _train_epochs(loop)
             finally:
                 loop.logger.close()
-        except BaseException as error:
+        except BaseException as raised:
+            error = peers.explain(raised)
             _record_failure(run, progress, error, rank=accelerator.process_index)
-            raise
+            if error is raised:
+                raise
+            raise error from raised
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return stop.exit_code if stopped else 0
@@ -127,11 +149,13 @@ def dry_run(config: Config) -> list[str]:
     return lines
 
 
-def _build_loop(session: Session, run: RunFolder, progress: Progress, stop: StopRequest, notes: list[str]) -> Loop:
+def _build_loop(
+    session: Session, run: RunFolder, progress: Progress, stop: StopRequest, peers: Peers, notes: list[str]
+) -> Loop:
     """Open the run folder for writing and say what will happen."""
     config, accelerator = session.config, session.accelerator
     if accelerator.is_main_process:
-        notes += leave_the_future(run, progress)
+        notes += leave_the_future(run, progress) + space_notes(session, run)
         run.open(config_to_dict(config), update=progress.update, epoch=progress.epoch)
         run.write_environment(accelerator)
     accelerator.print("\n".join([*describe(session), *(f"note       {note}" for note in notes)]), flush=True)
@@ -149,7 +173,7 @@ def _build_loop(session: Session, run: RunFolder, progress: Progress, stop: Stop
         update=progress.update,
         total_updates=last_epoch * session.updates_per_epoch,
     )
-    return Loop(session, run, progress, logger, pace, stop)
+    return Loop(session, run, progress, logger, pace, stop, peers)
 
 
 def _train_epochs(loop: Loop) -> bool:
@@ -160,7 +184,7 @@ def _train_epochs(loop: Loop) -> bool:
         logger.say(f"already finished: {progress.update} updates, {progress.epoch} epochs")
     while progress.epoch < loop.last_epoch:
         if _train_epoch(loop):
-            save(loop.session, loop.run, progress)
+            _save(loop)
             _write_status(loop, "preempted", loop.stop.reason)
             logger.say(f"stopped by {loop.stop.reason} after update {progress.update}; continue with --resume auto")
             return True
@@ -178,8 +202,9 @@ def _train_epoch(loop: Loop) -> bool:
     session.model.train()
     session.train_loader.set_position(epoch, first)
     loop.pace.restart(progress.update)
-    batches = loop.pace.timed(iter(session.train_loader))
+    batches = _noted(loop, loop.pace.timed(iter(session.train_loader)))
     for update in range(first, session.updates_per_epoch):
+        loop.peers.note(f"update {progress.update + 1}")
         learning_rate = current_learning_rate(session.optimizer)
         result = run_update(loop, batches, epoch=epoch, update=update)
         session.bad_samples.share()
@@ -195,9 +220,20 @@ def _train_epoch(loop: Loop) -> bool:
         if result.stop:
             return True
         if not last and _saves_at(config, progress.update):
-            save(session, loop.run, progress)
+            _save(loop)
             loop.pace.restart(progress.update)
     return False
+
+
+def _noted(loop: Loop, batches: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """Yield the batches and tell the other processes whether this one waits for images or computes, and in which update."""
+    while True:
+        loop.peers.note(f"update {loop.progress.update + 1}, loading images")
+        batch = next(batches, None)
+        if batch is None:
+            return
+        loop.peers.note(f"update {loop.progress.update + 1}, computing")
+        yield batch
 
 
 def _finish_epoch(loop: Loop) -> None:
@@ -210,7 +246,8 @@ def _finish_epoch(loop: Loop) -> None:
     metrics: dict[str, float] = {}
     if final or epoch % config.evaluate.every_epochs == 0:
         if saves:
-            save(session, loop.run, progress)  # a kill during the evaluation then costs no update
+            _save(loop)  # a kill during the evaluation then costs no update
+        loop.peers.note(f"the evaluation of epoch {epoch}")
         metrics = evaluate_epoch(session, progress)
         loop.logger.record("evaluate", update=progress.update, epoch=epoch, values=metrics)
     for line in session.bad_samples.describe():
@@ -219,7 +256,7 @@ def _finish_epoch(loop: Loop) -> None:
         loop.logger.temperatures(session.bare_model, progress.update)
     is_best = progress.finish_epoch(metrics.get(config.checkpoint.metric))
     if saves or is_best:
-        save(session, loop.run, progress, metrics=metrics, milestone=milestone)
+        _save(loop, metrics=metrics, milestone=milestone)
     _write_status(loop, "running", f"epoch {epoch} done")
 
 
@@ -288,6 +325,11 @@ def evaluate_epoch(session: Session, progress: Progress) -> dict[str, float]:
     return metrics | {"samples": raw.samples, **missing, "seconds": time.monotonic() - started}
 
 
+def _save(loop: Loop, *, metrics: dict[str, float] | None = None, milestone: bool = False) -> None:
+    loop.peers.note(f"the checkpoint of update {loop.progress.update}")
+    save(loop.session, loop.run, loop.progress, metrics=metrics, milestone=milestone)
+
+
 def _saves_at(config: Config, update: int) -> bool:
     every = config.checkpoint.every_updates
     return every is not None and update % every == 0
@@ -331,7 +373,11 @@ def _write_status(loop: Loop, state: str, message: str) -> None:
 
 
 def _record_failure(run: RunFolder, progress: Progress, error: BaseException, *, rank: int) -> None:
-    """Let the process that failed first say why the run ended; the others only lost the connection to it."""
-    if run.read_status().get("state") != "failed":
-        message = f"process {rank}: {type(error).__name__}: {one_line(error)}"
-        run.write_status("failed", update=progress.update, epoch=progress.epoch, message=message)
+    """Let the process that failed first say why the run ended; the others only lost the connection to it.
+
+    Where status.json cannot be read or written, as on a full disk, the error itself is what is to be reported.
+    """
+    with suppress(OSError, ValueError):
+        if run.read_status().get("state") != "failed":
+            message = f"process {rank}: {type(error).__name__}: {one_line(error)}"
+            run.write_status("failed", update=progress.update, epoch=progress.epoch, message=message)

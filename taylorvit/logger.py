@@ -1,10 +1,14 @@
-"""What a run says while it trains: console, metrics.jsonl and TensorBoard, from the main process only."""
+"""What a run says while it trains: console, metrics.jsonl and TensorBoard, from the main process only.
+
+metrics.jsonl is part of the run: not to be able to write it is an error. TensorBoard and the picture are views of it, without
+which a run goes on.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+from taylorvit.cli import one_line
 from taylorvit.config import LogConfig
 from taylorvit.run_folder import RunFolder
 
@@ -33,10 +38,11 @@ class Logger:
     def __init__(self, run: RunFolder, config: LogConfig, *, active: bool, update: int, total_updates: int) -> None:
         self.run, self.active = run, active
         self.first_update, self.total_updates, self.started = update, total_updates, time.monotonic()
-        writes_events = active and config.tensorboard
-        self.writer = SummaryWriter(str(run.tensorboard), purge_step=update + 1) if writes_events else None
         on_terminal = active and sys.stderr.isatty()
         self.bar = tqdm(total=total_updates, initial=update, unit="update", dynamic_ncols=True) if on_terminal else None
+        self.writer: SummaryWriter | None = None
+        if active and config.tensorboard:
+            self._try(self._open_writer)
 
     def say(self, text: str) -> None:
         """Print one line, above the progress bar where there is one."""
@@ -53,10 +59,9 @@ class Logger:
         if not self.active:
             return
         self.run.append_metrics({"kind": kind, "update": update, "epoch": epoch, **values})
-        if self.writer:
-            for name, value in values.items():
-                if value is not None:
-                    self.writer.add_scalar(f"{kind}/{name}", float(value), update)
+        for name, value in values.items():
+            if value is not None:
+                self._write_event("add_scalar", f"{kind}/{name}", float(value), update)
         shown = "  ".join(f"{name} {_shown(name, value)}" for name, value in values.items() if value is not None)
         self.say(f"[{kind}] epoch {epoch}  update {update}/{self.total_updates}  {shown}  left {self._time_left(update)}")
 
@@ -69,23 +74,36 @@ class Logger:
         pixels = (images.float().cpu() * spread + shift).clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         cells = [_captioned(image, target, classes) for image, target in zip(pixels, targets.cpu(), strict=True)]
         grid = make_grid(torch.stack(cells), nrow=4, padding=4)
-        to_pil_image(grid).save(self.run.path / "train_images.png")
-        if self.writer:
-            self.writer.add_image("train/images", grid, self.first_update)
+        self._try(to_pil_image(grid).save, self.run.path / "train_images.png")
+        self._write_event("add_image", "train/images", grid, self.first_update)
 
     def temperatures(self, model: nn.Module, update: int) -> None:
         """Record a histogram of the attention temperatures of each layer."""
-        if self.writer:
-            for name, parameter in model.named_parameters():
-                if name.endswith("temperature"):
-                    self.writer.add_histogram(f"temperature/{name}", parameter.detach().float().cpu(), update)
+        for name, parameter in model.named_parameters():
+            if name.endswith("temperature"):
+                self._write_event("add_histogram", f"temperature/{name}", parameter.detach().float().cpu(), update)
 
     def close(self) -> None:
         """Flush and close."""
         if self.bar:
             self.bar.close()
-        if self.writer:
-            self.writer.close()
+        self._write_event("close")
+
+    def _open_writer(self) -> None:
+        self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.first_update + 1)
+
+    def _write_event(self, method: str, *arguments: Any) -> None:
+        if self.writer and not self._try(getattr(self.writer, method), *arguments):
+            self.writer = None
+
+    def _try(self, write: Callable[..., None], *arguments: Any) -> bool:
+        """Write a view of the run; where the disk refuses, say so and return False."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            self.say(f"warning: TensorBoard or its pictures end here: {one_line(error)}; training goes on with metrics.jsonl")
+            return False
+        return True
 
     def _time_left(self, update: int) -> str:
         done = update - self.first_update

@@ -19,7 +19,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from taylorvit.checkpoint import sync_folder, write_durably
+from taylorvit.checkpoint import names_file, sync_folder, write_durably
 from taylorvit.provenance import cpu_name, git_state
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class RunFolder:
         """
         assert "update" in record, record
         line = json.dumps(_plain(record), allow_nan=False) + "\n"
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with names_file(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(line)
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -168,8 +168,13 @@ class RunFolder:
 def replace_file(path: Path, text: str) -> None:
     """Replace a small text file atomically and durably."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    write_durably(temporary, text)
-    temporary.replace(path)
+    try:
+        write_durably(temporary, text)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,19 @@ def leave_the_future(run: RunFolder, progress: Progress) -> list[str]:
     """Set the checkpoints after `progress` aside, which a run that goes back to an earlier step writes again; return notes."""
     aside = set_newer_aside(run.checkpoints, progress.update)
     return [f"{path.name} holds updates after the one this run goes back to" for path in aside]
+
+
+def space_notes(session: Session, run: RunFolder) -> list[str]:
+    """Return a note where the disk will not hold two checkpoints, the newest and the one being written.
+
+    The size is an estimate: the weights, their average, and two moments of the optimizer.
+    """
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in session.bare_model.state_dict().values())
+    needed = 2 * weights * (4 if session.ema is not None else 3)
+    free = shutil.disk_usage(run.path).free
+    if free >= needed:
+        return []
+    return [f"two checkpoints take about {needed:,} bytes, but the disk of {run.path} has {free:,} free: make room"]
 
 
 def export_best(session: Session, run: RunFolder) -> str:

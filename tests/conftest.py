@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it on a GPU
 if not torch.cuda.is_available():
@@ -17,6 +18,13 @@ if not torch.cuda.is_available():
 from helpers import write_digit_folder
 
 torch.set_num_threads(1)  # the suite may share its cores; results do not depend on it
+
+# Fuzzing: the same examples in every run, or, with --hypothesis-profile=thorough --hypothesis-seed=N, many others.
+_UNHURRIED = {"deadline": 60_000, "database": None, "suppress_health_check": list(HealthCheck)}  # milliseconds: a hang
+_AS_FOUND = (Phase.explicit, Phase.generate)  # no search for a smaller example, which takes minutes
+settings.register_profile("repeatable", derandomize=True, max_examples=20, phases=_AS_FOUND, **_UNHURRIED)
+settings.register_profile("thorough", max_examples=1000, **_UNHURRIED)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -29,8 +29,8 @@ def export_checkpoint(path: Path | str, folder: Path | str, *, weights: str = "r
     if source.model_config is None or source.data_config is None:
         raise ValueError(f"{path}: it does not say which model and data it belongs to; give a run or step folder")
     config = source.checked_model_config()
-    model = build_model(config)
     try:
+        model = build_model(config)
         load_into(model, state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

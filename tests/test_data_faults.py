@@ -368,6 +368,7 @@ def test_two_processes_list_each_image_once_and_agree_to_stop(spoilt_folder: Pat
     ) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.fault("D1")
 def test_an_evaluation_says_of_how_many_images_it_is(spoilt_run: Path, tmp_path: Path) -> None:
     output = finish(launch("eval.py", [str(spoilt_run), "--step=newest", f"--json={tmp_path / 'x.json'}"]))

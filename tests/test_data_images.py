@@ -69,6 +69,7 @@ def test_folder_gives_images_labels_and_names(tmp_path):
     assert build_dataset(DataConfig(root=str(tmp_path)), "train", in_chans=1)[0][0].mode == "L"
 
 
+@pytest.mark.fault("D6")
 def test_folder_ignores_hidden_files_and_folders(tmp_path):
     write_folder(tmp_path, "train", [".ipynb_checkpoints", "cat", "dog"])
     (tmp_path / "train/cat/._0.png").write_bytes(b"resource fork")
@@ -100,6 +101,7 @@ def test_what_cannot_be_opened_is_named(tmp_path, dataset, message):
         build_dataset(DataConfig(dataset=dataset, root=str(tmp_path)), "train", in_chans=3)
 
 
+@pytest.mark.fault("D6")
 def test_missing_root_empty_split_and_stray_image_are_named(tmp_path):
     with pytest.raises(ValueError, match="'/no/such' is not a folder"):
         build_dataset(DataConfig(root="/no/such"), "train", in_chans=3)
@@ -140,6 +142,7 @@ def test_a_broken_image_stops_with_its_name(tmp_path, damage):
     assert dataset[2][1] == 0
 
 
+@pytest.mark.fault("D1")
 def test_a_broken_image_met_by_a_worker_is_named_in_the_last_line(tmp_path):
     write_folder(tmp_path, "val", ["cat"], images_per_class=3)
     (tmp_path / "val/cat/1.png").write_bytes(b"")
@@ -154,6 +157,7 @@ def test_a_broken_image_met_by_a_worker_is_named_in_the_last_line(tmp_path):
     traceback.clear_frames(caught.tb)  # else the loader's workers stay until the garbage collector comes by
 
 
+@pytest.mark.fault("D2")
 def test_images_of_every_mode_become_rgb_and_grey():
     ramp = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
     color = Image.fromarray(np.stack([ramp, ramp, ramp], axis=2))
@@ -166,6 +170,7 @@ def test_images_of_every_mode_become_rgb_and_grey():
                 assert abs(np.asarray(converted).mean() - ramp.mean()) < 2
 
 
+@pytest.mark.fault("D3")
 def test_sixteen_bit_images_are_scaled_and_unknown_ranges_refused(tmp_path):
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     write_folder(tmp_path, "train", ["cat"], images_per_class=1)
@@ -180,6 +185,7 @@ def test_sixteen_bit_images_are_scaled_and_unknown_ranges_refused(tmp_path):
             dataset[index]
 
 
+@pytest.mark.fault("D5")
 def test_a_decompression_bomb_is_refused_before_decoding(tmp_path):
     write_folder(tmp_path, "train", ["cat"], images_per_class=1)
     Image.new("1", (11_000, 10_000)).save(tmp_path / "train/cat/0.png")
@@ -190,6 +196,7 @@ def test_a_decompression_bomb_is_refused_before_decoding(tmp_path):
             dataset[0]
 
 
+@pytest.mark.fault("D7")
 def test_class_lists_that_differ_are_named(tmp_path):
     write_folder(tmp_path, "train", ["a", "b", "c"])
     write_folder(tmp_path, "val", ["a", "c"])
@@ -343,6 +350,7 @@ def test_malformed_samples_of_a_shard_are_named(tmp_path, files, message):
         build_dataset(DataConfig(dataset="wds", root=str(tmp_path)), "train", in_chans=3)
 
 
+@pytest.mark.fault("D1")
 def test_damaged_shards_are_named(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(b"not a tar" * 200)
     with pytest.raises(ValueError, match=r"train-0.tar: not a readable, uncompressed tar"):

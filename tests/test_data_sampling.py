@@ -80,6 +80,7 @@ def reference() -> tuple[torch.Tensor, torch.Tensor]:
     return collect()
 
 
+@pytest.mark.fault("D9")
 def test_an_epoch_holds_whole_updates_and_no_image_twice(reference):
     images, labels = reference
     assert epoch_updates(NUM_IMAGES, GLOBAL) == 4

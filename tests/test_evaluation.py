@@ -80,6 +80,7 @@ def test_a_compiled_run_is_judged_compiled(digit_folder: Path, monkeypatch: pyte
     assert (row["compile"], row["device"], row["world_size"], row["torch"]) == (compiled, "cpu", 1, torch.__version__)
 
 
+@pytest.mark.fault("C7")
 def test_classes_named_differently_are_refused(digit_folder: Path) -> None:
     config = config_from_dict(
         {"model": {"num_classes": 10, "img_size": 16, "patch_size": 4}, "data": {"root": str(digit_folder)}}

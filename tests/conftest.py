@@ -27,6 +27,12 @@ settings.register_profile("thorough", max_examples=1000, **_UNHURRIED)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the JUnit report say which rows of the fault matrix a test stands for; `tools/fault_drill.py` counts them."""
+    for item in items:
+        item.user_properties += [("fault", row) for mark in item.iter_markers("fault") for row in mark.args]
+
+
 @pytest.fixture(scope="session")
 def digit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder of 96 training and 41 validation digits."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from sklearn.datasets import load_digits
 
 from taylorvit.checkpoint import load_checkpoint
@@ -18,6 +16,8 @@ from taylorvit.cli import run_program
 from taylorvit.config import Config
 from taylorvit.config_loading import config_from_dict, config_to_dict, flatten
 from taylorvit.run_folder import RunFolder
+from taylorvit.studies.fault_runs import differences, start_run
+from taylorvit.studies.fault_runs import history as history
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,20 +85,9 @@ def as_arguments(config: Config) -> list[str]:
     return [f"--{key}={value}" for key, value in flatten(config).items() if value != default[key] and value is not None]
 
 
-def launch(program: str, arguments: Sequence[str], *, processes: int = 1) -> subprocess.Popen[str]:
+def launch(program: str, arguments: Sequence[str], *, processes: int = 1, **options: Any) -> subprocess.Popen[str]:
     """Start train.py or eval.py, on several processes through torchrun, in a process group of its own."""
-    runner = [sys.executable]
-    if processes > 1:
-        runner += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(
-        [*runner, str(ROOT / program), *arguments],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    return start_run(program, arguments, processes=processes, **options)
 
 
 def finish(process: subprocess.Popen[str], *, code: int = 0, timeout: float = 180) -> str:
@@ -113,22 +102,12 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["update"]: record["loss"] for record in RunFolder(run_dir).read_metrics() if record["kind"] == "train"}
 
 
-def history(run_dir: Path) -> list[dict[str, Any]]:
-    """Return all of metrics.jsonl but what depends on the machine's speed."""
-    timed = {"images_per_second", "data_wait_share", "peak_memory_bytes", "mfu", "seconds"}
-    return [{key: record[key] for key in record.keys() - timed} for record in RunFolder(run_dir).read_metrics()]
-
-
 def assert_same_state(first: Path, second: Path) -> None:
     """Compare two checkpoints bit for bit: weights, averaged weights, every optimizer tensor, counters and loss sums."""
-    left, right = load_checkpoint(first), load_checkpoint(second)
-    assert left.tensors.keys() == right.tensors.keys()
-    assert any(name.startswith("ema.") for name in left.tensors)
-    assert any(name.startswith("optimizer.") for name in left.tensors)
-    different = [name for name in left.tensors if not torch.equal(left.tensors[name], right.tensors[name])]
-    assert not different
-    assert left.meta["progress"] == right.meta["progress"]
-    assert left.meta["state"] == right.meta["state"]
+    names = load_checkpoint(first).tensors.keys()
+    assert any(name.startswith("ema.") for name in names)
+    assert any(name.startswith("optimizer.") for name in names)
+    assert differences(first, second) == []
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, main: Callable[[], int], *arguments: str) -> int:

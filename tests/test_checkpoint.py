@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import math
 import multiprocessing
@@ -116,6 +118,7 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
     json.loads((path / "manifest.json").read_text())
 
 
+@pytest.mark.fault("B9")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
@@ -128,6 +131,7 @@ def test_modes_follow_the_umask(tmp_path: Path, mask: int) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o777 & ~mask
 
 
+@pytest.mark.fault("A15")
 def test_newest_is_chosen_by_step_and_not_by_time_or_text(tmp_path: Path) -> None:
     for step in (99999999, 100000000, 5):
         os.utime(save(tmp_path, step), (10**9 - step, 10**9 - step))
@@ -161,6 +165,7 @@ def flip_bit(file: Path, position: int) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.fault("B3")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_costs_one_warning_and_one_step(tmp_path: Path, name: str, kind: str) -> None:
@@ -184,6 +189,7 @@ def test_damage_costs_one_warning_and_one_step(tmp_path: Path, name: str, kind: 
         assert_valid(find_newest(tmp_path), 8)
 
 
+@pytest.mark.fault("B3")
 @pytest.mark.parametrize(
     ("text", "reason"),
     [("{}", "not a checkpoint's manifest"), ("[1]", "not a checkpoint's manifest"), ("x", "not valid JSON")],
@@ -203,6 +209,7 @@ def test_a_newer_format_is_named(tmp_path: Path) -> None:
         verify_checkpoint(path)
 
 
+@pytest.mark.fault("B3")
 def test_extra_file_and_renamed_step_are_noticed(tmp_path: Path) -> None:
     path = save(tmp_path, 8)
     (path / "custom_checkpoint_0.pkl").write_bytes(b"")
@@ -214,6 +221,7 @@ def test_extra_file_and_renamed_step_are_noticed(tmp_path: Path) -> None:
     assert load_checkpoint((tmp_path / "step-00000009").rename(tmp_path / "a copy elsewhere")).step == 8
 
 
+@pytest.mark.fault("B3")
 @pytest.mark.parametrize("name", FILES)
 def test_single_flipped_bits_are_noticed(tmp_path: Path, name: str) -> None:
     path = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"a": 0.5})
@@ -226,6 +234,7 @@ def test_single_flipped_bits_are_noticed(tmp_path: Path, name: str) -> None:
     verify_checkpoint(path)
 
 
+@pytest.mark.fault("B4")
 def test_all_damaged_is_an_error_now_and_next_time(tmp_path: Path) -> None:
     for step in (4, 8):
         (save(tmp_path, step) / "meta.json").unlink()
@@ -258,6 +267,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000008"]
 
 
+@pytest.mark.fault("B1")
 def test_disk_full_names_path_reason_and_last_good(tmp_path: Path) -> None:
     save(tmp_path, 4)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -278,12 +288,50 @@ def test_disk_full_names_path_reason_and_last_good(tmp_path: Path) -> None:
     assert_valid(find_newest(tmp_path), 4)
 
 
+@pytest.mark.fault("B1")
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_at_any_file_leaves_the_older_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    save(tmp_path, 4)
+    original = {"write_durably": checkpoint.write_durably, "_write_tensors": checkpoint._write_tensors}
+
+    def full(path: Path, content: Any, *, writer: str) -> None:
+        if path.name == name:
+            path.write_bytes(b"half of")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        original[writer](path, content)
+
+    for writer in original:
+        monkeypatch.setattr(checkpoint, writer, functools.partial(full, writer=writer))
+    with pytest.raises(CheckpointError, match=f"No space left on device: .*{name}.*; the last good one is step-00000004"):
+        save(tmp_path, 8)
+    assert names(tmp_path) == ["step-00000004"]
+    monkeypatch.undo()
+    assert_valid(save(tmp_path, 8), 8)
+
+
+@pytest.mark.fault("B10")
+def test_a_folder_removed_during_a_save_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint._write_tensors
+
+    def removed(path: Path, tensors: Any) -> None:
+        original(path, tensors)
+        shutil.rmtree(tmp_path / "checkpoints")
+
+    monkeypatch.setattr(checkpoint, "_write_tensors", removed)
+    with pytest.raises(CheckpointError, match="No such file or directory: .*; the last good one is none"):
+        save(tmp_path / "checkpoints", 8)
+
+
+@pytest.mark.fault("B10")
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
         save(tmp_path / "checkpoints", 1)
 
 
+@pytest.mark.fault("A3")
 def test_order_of_the_writes_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[tuple[str, str]] = []
     real_fsync, real_rename = os.fsync, os.rename
@@ -356,6 +404,7 @@ def processes() -> Any:
     return context
 
 
+@pytest.mark.fault("A2")
 @pytest.mark.parametrize("existing", [(2, 4), (2, 4, 8)], ids=["new step", "same step again"])
 def test_every_place_to_die_inside_a_save_leaves_a_valid_newest(tmp_path: Path, processes: Any, existing: tuple) -> None:
     died, before = 0, tmp_path / "before"
@@ -382,6 +431,8 @@ def test_every_place_to_die_inside_a_save_leaves_a_valid_newest(tmp_path: Path, 
     assert process.exitcode == 0
 
 
+@pytest.mark.fault("A1")
+@pytest.mark.fault("A2")
 def test_random_kills_never_cost_a_reported_checkpoint(tmp_path: Path, processes: Any) -> None:
     folder, log = tmp_path / "checkpoints", tmp_path / "log"
     moments, first, torn = random.Random(0), 1, 0
@@ -432,12 +483,14 @@ def test_what_is_not_finite_is_never_the_best(tmp_path: Path, scores: tuple[floa
     assert best_checkpoint(tmp_path, "top1") == tmp_path / f"step-{scores.index(5.0):08d}"
 
 
+@pytest.mark.fault("B8")
 @pytest.mark.parametrize("keep_last", [1, 0, -3])
 def test_fewer_than_two_are_refused(tmp_path: Path, keep_last: int) -> None:
     with pytest.raises(ValueError, match=f"keep_last={keep_last}"):
         prune_checkpoints(tmp_path, keep_last=keep_last, keep_best=1, metric="top1")
 
 
+@pytest.mark.fault("B8")
 def test_failing_to_prune_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")

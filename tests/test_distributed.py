@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from taylorvit.distributed import build_accelerator, check_launch, split_batch
+from taylorvit.distributed import LostProcessError, Peers, build_accelerator, check_launch, split_batch
 
 LAUNCHER_VARIABLES = (
     "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
@@ -45,6 +45,7 @@ def test_no_micro_batch_size_takes_a_process_share_at_once() -> None:
     assert (split.micro_batch_size, split.accumulation, split.offset(0)) == (24, 1, 48)
 
 
+@pytest.mark.fault("B6")
 @pytest.mark.parametrize(
     ("total", "micro", "world_size"),
     [
@@ -80,6 +81,7 @@ def check(**changes: Any) -> None:
     check_launch(**(plain | {"dynamo_backend": "NO", "distributed_type": "NO"} | changes))
 
 
+@pytest.mark.fault("E7")
 def test_more_processes_than_accelerate_sees_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap: two launched processes that each believe to be alone, and write the same folder."""
     check()
@@ -155,3 +157,73 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ValueError, match="needs a GPU"):
         build_accelerator(device="auto", mixed_precision="fp16", timeout_seconds=5)
     assert build_accelerator(device="auto", mixed_precision="no", timeout_seconds=5).device.type == "cpu"
+
+
+# ---- processes that are lost
+
+
+class Store(dict):
+    """The launcher's store, in this process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self[key] for key in keys]
+
+    def add(self, key: str, count: int) -> int:
+        self[key] = self.get(key, 0) + count
+        return self[key]
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> list[Peers]:
+    """Three processes of one run."""
+    monkeypatch.setattr(Peers, "SETTLE_SECONDS", 0.0)
+    alone = build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=5)
+    store, peers = Store(), [Peers(alone) for _ in range(3)]
+    for rank, peer in enumerate(peers):
+        peer.rank, peer.world_size, peer._store = rank, 3, store  # type: ignore[assignment]
+        peer.note("update 7")
+    return peers
+
+
+GLOO = "[/x/gloo/transport/tcp/pair.cc:545] Connection closed by peer [127.0.0.1]:1. This is typically caused by a crash. GLHF!"
+
+
+@pytest.mark.fault("A10")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(GLOO),
+        RuntimeError("[/x/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 10000ms for recv operation to complete"),
+        torch.distributed.DistBackendError("NCCL error"),
+    ],
+)
+def test_a_survivor_names_who_is_gone_and_where_all_stood(three: list[Peers], error: RuntimeError) -> None:
+    first, second, third = three
+    third.note("update 8, loading images")
+    second.explain(error)
+    lost = first.explain(error)
+    assert isinstance(lost, LostProcessError)
+    assert str(lost).startswith("lost process 2 (update 8, loading images); process 0 waited in update 7: ")
+    assert "GLHF" not in str(lost)
+    assert "gloo/" not in str(lost)
+    assert first.explain(lost) is lost
+
+
+def test_one_error_is_said_once_by_all_processes(three: list[Peers]) -> None:
+    first, second, third = three
+    own = ValueError("bad image")
+    assert second.explain(own) is own
+    assert second.is_first_to_say(own)
+    assert not third.is_first_to_say(ValueError("bad image"))
+    lost = first.explain(RuntimeError(GLOO))
+    assert "lost process 1 (update 7: ValueError: bad image) and process 2 (update 7)" in str(lost)
+    assert not first.is_first_to_say(lost)
+    assert first.is_first_to_say(ValueError("another one"))
+
+
+def test_faults_of_ours_stay_what_they_are(three: list[Peers]) -> None:
+    error = RuntimeError("shapes do not match")
+    assert three[0].explain(error) is error

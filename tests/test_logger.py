@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,46 @@ def test_without_tensorboard_there_is_no_event_file(run: RunFolder) -> None:
     logger.close()
     assert not run.tensorboard.exists()
     assert len(run.read_metrics()) == 1
+
+
+@pytest.mark.fault("B11")
+def test_a_file_in_place_of_the_tensorboard_folder_costs_one_warning(
+    run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.tensorboard.write_text("")
+    logger = build(run)
+    for update in (1, 2):
+        logger.record("train", update=update, epoch=1, values={"loss": 1.0})
+    logger.temperatures(Temperatures(), 2)
+    logger.close()
+    assert len(run.read_metrics()) == 2
+    assert capsys.readouterr().out.count("warning: TensorBoard or its pictures end here") == 1
+
+
+@pytest.mark.fault("B11")
+def test_a_disk_that_fills_up_under_tensorboard_costs_one_warning(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = build(run)
+    logger.record("train", update=1, epoch=1, values={"loss": 1.0})
+    assert logger.writer is not None
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(logger.writer, "add_scalar", full)
+    for update in (2, 3):
+        logger.record("train", update=update, epoch=1, values={"loss": 1.0})
+    logger.close()
+    assert len(run.read_metrics()) == 3
+    assert capsys.readouterr().out.count("No space left on device; training goes on with metrics.jsonl") == 1
+
+
+@pytest.mark.fault("B11")
+def test_metrics_that_cannot_be_written_are_an_error(run: RunFolder) -> None:
+    run.metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        build(run, tensorboard=False).record("train", update=1, epoch=1, values={"loss": 1.0})
 
 
 def test_a_process_that_is_not_the_main_one_is_silent(

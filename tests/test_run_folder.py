@@ -6,9 +6,11 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +35,7 @@ with RunFolder(sys.argv[1]).locked():
 CPU = SimpleNamespace(device=torch.device("cpu"), num_processes=2, distributed_type="NO", mixed_precision="bf16")
 
 
+@pytest.mark.fault("A14")
 def test_two_runs_in_one_folder_are_refused_until_the_owner_dies(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as owner:
@@ -52,6 +55,7 @@ def test_two_runs_in_one_folder_are_refused_until_the_owner_dies(tmp_path: Path)
             os.killpg(owner.pid, signal.SIGKILL)
 
 
+@pytest.mark.fault("A14")
 @pytest.mark.parametrize(
     ("number", "message"),
     [
@@ -79,6 +83,7 @@ def test_only_the_active_process_locks(tmp_path: Path) -> None:
         assert (tmp_path / "run" / "checkpoints").is_dir()
 
 
+@pytest.mark.fault("E6")
 @pytest.mark.parametrize("bad", ["", "  ", "a\nb", "a\0b", "x" * 300])
 def test_paths_that_are_no_folder(bad: str) -> None:
     with pytest.raises(ValueError, match="run_dir=") as caught:
@@ -86,6 +91,7 @@ def test_paths_that_are_no_folder(bad: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("B10")
 def test_a_file_or_a_broken_link_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "gone")
@@ -125,6 +131,7 @@ def test_status(tmp_path: Path) -> None:
         run.read_status()
 
 
+@pytest.mark.fault("B1")
 def test_replacing_a_file_never_shows_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "status.json"
     replace_file(path, "old")
@@ -194,6 +201,7 @@ def test_a_broken_line_in_the_middle_is_an_error(tmp_path: Path) -> None:
         run.read_metrics()
 
 
+@pytest.mark.fault("E8")
 def test_environment_says_what_ran_where_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_TOKEN", "hunter2hunter2")
     run = RunFolder(tmp_path)
@@ -206,3 +214,33 @@ def test_environment_says_what_ran_where_and_no_secrets(tmp_path: Path, monkeypa
     assert (record["world_size"], record["mixed_precision"], record["device"]) == (2, "bf16", "cpu")
     assert record["cores"] >= 1
     assert record["memory_bytes"] > 2**28
+
+
+@pytest.mark.fault("B1")
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        run.append_metrics({"update": 1})
+
+
+@pytest.mark.fault("B10")
+def test_a_folder_that_may_not_be_written_is_one_error() -> None:
+    """As another user than root, whom no permission stops."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "run").chmod(0o555)
+    folder.chmod(0o755)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(OSError, match=r"Permission denied: .*\.lock"), RunFolder(folder / "run").locked():
+            pass
+        with pytest.raises(ValueError, match=r"cannot be created: Permission denied"), RunFolder(folder / "no").locked():
+            pass
+    finally:
+        if is_root:
+            os.seteuid(0)
+        (folder / "run").chmod(0o755)
+        shutil.rmtree(folder)

@@ -15,7 +15,7 @@ import pytest
 from taylorvit import signals
 from taylorvit.signals import StopRequest
 
-SIGNALS = [signal.SIGTERM, signal.SIGINT]
+SIGNALS = list(signals.SIGNALS)
 
 # A program that waits for a request, says why, works on for two seconds and leaves; the module alone starts in no time.
 PROGRAM = """
@@ -62,6 +62,8 @@ def said(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+@pytest.mark.fault("A4")
+@pytest.mark.fault("A5")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_and_interrupts_nothing(stop_file: Path, number: signal.Signals) -> None:
     with StopRequest(stop_file) as stop:
@@ -79,6 +81,7 @@ def test_a_signal_from_another_process_is_noted(stop_file: Path) -> None:
         assert stop.reason == "SIGTERM"
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_quick_further_signals_are_the_same_request(stop_file: Path, number: signal.Signals) -> None:
     process = start(stop_file, repeat_seconds=60, works_on=0.3)
@@ -91,6 +94,7 @@ def test_quick_further_signals_are_the_same_request(stop_file: Path, number: sig
     assert (process.returncode, errors) == (128 + number, "")
 
 
+@pytest.mark.fault("A7")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_late_second_signal_kills(stop_file: Path, number: signal.Signals) -> None:
     process = start(stop_file, repeat_seconds=0.1, works_on=60)
@@ -121,6 +125,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_again_afterwards(stop_file: Path) -> Non
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.fault("A9")
 def test_a_stop_file_is_a_request(stop_file: Path) -> None:
     with StopRequest(stop_file) as stop:
         assert not stop.requested
@@ -131,6 +136,7 @@ def test_a_stop_file_is_a_request(stop_file: Path) -> None:
         assert (stop.reason, stop.exit_code) == ("SIGTERM", 143)
 
 
+@pytest.mark.fault("A9")
 def test_a_stop_file_is_seen_while_the_program_runs(stop_file: Path) -> None:
     process = start(stop_file, repeat_seconds=60, works_on=0)
     stop_file.touch()
@@ -150,3 +156,27 @@ def test_a_process_may_look_for_no_file(stop_file: Path) -> None:
         assert not stop.requested
         signal.raise_signal(signal.SIGTERM)
         assert stop.requested
+
+
+def test_a_hangup_that_was_ignored_stays_ignored(stop_file: Path) -> None:
+    """A run under nohup outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest(stop_file) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.fault("A1")
+def test_a_launcher_that_is_gone_is_a_request(stop_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with StopRequest(stop_file) as stop:
+        assert not stop.requested
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert (stop.requested, stop.reason, stop.exit_code) == (True, "the end of its launcher", 0)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with StopRequest(stop_file) as stop:  # started by hand: a shell may go
+        monkeypatch.setattr(os, "getppid", lambda: 7)
+        assert not stop.requested

@@ -217,7 +217,7 @@ def _check_resumed(case: Case, output: str, newest: Path | None) -> None:
     trained = "[train]" in output
     if (resumed and (newest is None or int(resumed[1]) != _step(newest))) or (trained and newest and not resumed):
         raise DrillError(f"{case.run.path} went on from {resumed and resumed[0]}, its newest checkpoint was {newest}")
-    if refused := re.search(r"^error.*(run_dir|resume|checkpoint|damaged).*$", output, re.MULTILINE):
+    if refused := re.search(r"^error.*(in use by|holds a run|is damaged|differ from|cannot write).*$", output, re.MULTILINE):
         raise DrillError(f"{case.run.path} did not go on: {refused[0]}")
 
 

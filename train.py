@@ -2,8 +2,8 @@
 
 Any key of `taylorvit.config.Config` can be given on the command line. `--print_config` shows the resolved settings, `--dry_run`
 builds everything and says what would happen, `--debug` adds the traceback to an error. `--config RUN/config.yaml --resume auto`
-continues a run. Exit codes: 0 done or stopped by a STOP file, 2 a setting or a file is wrong, 5 the loss is not finite, 6 another
-process of the run was lost, 128 + N stopped by signal N after a checkpoint.
+continues a run. Exit codes: 0 done or stopped by a STOP file, 2 a setting or a file is wrong, 5 the loss is not finite, 6
+another process of the run was lost, 128 + N stopped by signal N after a checkpoint.
 """
 
 from __future__ import annotations

@@ -71,7 +71,12 @@ def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list
     lengths = [x.detach().norm(dim=-1, keepdim=True).clamp_min(reference.GRADIENT_LENGTH) for x in (q, k)]
     along = (units[0] * (dx @ units[1])).sum(dim=-1).abs().sum(dim=(0, 2))
     sizes = (y, dq / lengths[0], dk / lengths[1], gradients[2], torch.maximum(along, gradients[3].abs()))
-    return [y.detach(), *gradients], [x.detach().abs().max().item() for x in sizes]
+    dq_size, dk_size = 0.0, 0.0
+    if v.shape[2] == 1:  # the gradients are differences of two equal numbers, g . y and g . v, in fp32
+        size = 2**-23 / torch.finfo(dtype).eps * (grad.double() * y.detach()).sum(dim=-1).abs().max().item()
+        dq_size, dk_size = (size * x.reciprocal().max().item() for x in lengths)
+    floors = (0.0, dq_size, dk_size, 0.0, 0.0)
+    return [y.detach(), *gradients], [max(x.detach().abs().max().item(), floor) for x, floor in zip(sizes, floors)]
 
 
 def errors(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[list[Tensor]], list[float]]:

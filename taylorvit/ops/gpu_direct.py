@@ -38,20 +38,20 @@ TABLE: dict[tuple[str, int, int], Launch] = {
     ("prepare_keys", 128, 32): _blocks(4, 1, N=16),
     ("forward_short", 16, 16): _blocks(4, 2, M=128, N=32),
     ("forward_short", 32, 16): _blocks(4, 2, M=128, N=32),
-    ("forward_short", 64, 16): _blocks(4, 2, M=128, N=32),
+    ("forward_short", 64, 16): _blocks(8, 2, M=128, N=32),
     ("forward_short", 128, 16): _blocks(8, 2, M=128, N=32),
     ("forward_short", 16, 32): _blocks(4, 2, M=64, N=32),
     ("forward_short", 32, 32): _blocks(4, 2, M=64, N=32),
     ("forward_short", 64, 32): _blocks(4, 2, M=64, N=16),
-    ("forward_short", 128, 32): _blocks(8, 2, M=32, N=32),
+    ("forward_short", 128, 32): _blocks(4, 2, M=16, N=16),
     ("forward", 16, 16): _blocks(4, 3, M=128, N=64),
     ("forward", 32, 16): _blocks(4, 3, M=128, N=64),
-    ("forward", 64, 16): _blocks(4, 3, M=128, N=64),
+    ("forward", 64, 16): _blocks(4, 3, M=128, N=32),
     ("forward", 128, 16): _blocks(4, 2, M=64, N=64),
     ("forward", 16, 32): _blocks(4, 2, M=64, N=32),
     ("forward", 32, 32): _blocks(4, 2, M=64, N=32),
     ("forward", 64, 32): _blocks(4, 2, M=64, N=16),
-    ("forward", 128, 32): _blocks(8, 2, M=32, N=32),
+    ("forward", 128, 32): _blocks(8, 1, M=32, N=32),
     ("prepare_backward", 16, 16): _blocks(4, 1, M=128),
     ("prepare_backward", 32, 16): _blocks(4, 1, M=128),
     ("prepare_backward", 64, 16): _blocks(4, 1, M=64),
@@ -61,20 +61,20 @@ TABLE: dict[tuple[str, int, int], Launch] = {
     ("prepare_backward", 64, 32): _blocks(4, 1, M=32),
     ("prepare_backward", 128, 32): _blocks(4, 1, M=16),
     ("backward_queries", 16, 16): _blocks(4, 2, M=128, N=64),
-    ("backward_queries", 32, 16): _blocks(4, 2, M=128, N=64),
-    ("backward_queries", 64, 16): _blocks(4, 2, M=128, N=64),
-    ("backward_queries", 128, 16): _blocks(4, 2, M=64, N=64),
+    ("backward_queries", 32, 16): _blocks(4, 2, M=128, N=32),
+    ("backward_queries", 64, 16): _blocks(8, 2, M=128, N=64),
+    ("backward_queries", 128, 16): _blocks(8, 2, M=64, N=64),
     ("backward_queries", 16, 32): _blocks(4, 2, M=64, N=32),
-    ("backward_queries", 32, 32): _blocks(4, 2, M=64, N=32),
-    ("backward_queries", 64, 32): _blocks(4, 2, M=64, N=16),
-    ("backward_queries", 128, 32): _blocks(4, 2, M=16, N=32),
-    ("backward_keys", 16, 16): _blocks(4, 2, M=64, N=128),
+    ("backward_queries", 32, 32): _blocks(4, 2, M=64, N=16),
+    ("backward_queries", 64, 32): _blocks(4, 2, M=16, N=16),
+    ("backward_queries", 128, 32): _blocks(4, 1, M=16, N=16),
+    ("backward_keys", 16, 16): _blocks(4, 2, M=32, N=128),
     ("backward_keys", 32, 16): _blocks(8, 2, M=64, N=128),
     ("backward_keys", 64, 16): _blocks(8, 2, M=64, N=128),
-    ("backward_keys", 128, 16): _blocks(8, 2, M=32, N=128),
+    ("backward_keys", 128, 16): _blocks(8, 2, M=16, N=128),
     ("backward_keys", 16, 32): _blocks(4, 2, M=32, N=64),
     ("backward_keys", 32, 32): _blocks(4, 2, M=16, N=64),
-    ("backward_keys", 64, 32): _blocks(4, 2, M=32, N=32),
+    ("backward_keys", 64, 32): _blocks(8, 2, M=32, N=32),
     ("backward_keys", 128, 32): _blocks(4, 2, M=16, N=16),
 }
 
@@ -97,11 +97,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, training: bool
     if not q.numel():
         return tuple(x.zero_() for x in results)  # without tokens, what is saved is 0
     is_short = num_tokens <= MAX_FUSED_TOKENS
-    # Kernels take no None: for a short sequence the sums are any tensor, and not read.
-    keys, value_sums, num_parts = (k, temperature, 0) if is_short else _prepare_keys(k, v)
+    # Kernels take no None: for a short sequence what is prepared is any tensor, and not read.
+    key_factors, value_sums, num_parts = (temperature, temperature, 0) if is_short else _prepare_keys(k, v)
     launch = _launch("forward_short" if is_short else "forward", q)
-    tensors = (q, keys, v, temperature, value_sums, *results)
-    strides = (*q.stride(), *keys.stride(), *v.stride())
+    tensors = (q, k, v, temperature, key_factors, value_sums, *results)
+    strides = (*q.stride(), *k.stride(), *v.stride())
     numbers = (num_heads, num_tokens, num_parts, math.sqrt(num_tokens / head_dim))
     constants = {"TRAINING": training, "PREPARED": not is_short, **_sizes(q)}
     kernels.launch(
@@ -121,60 +121,51 @@ def backward(
     batch, num_heads, num_tokens, head_dim = q.shape
     if not q.numel():
         return dq, dk, dv, torch.zeros_like(temperature)
-    *prepared, g_sums = _prepare_backward(grad, q, k, temperature, *saved)
-    factor = math.sqrt(num_tokens / head_dim) / num_tokens
+    queries, keys, g, rows, centres, g_sums, key_sums = _prepare_backward(grad, q, k, temperature, *saved)
+    num_parts, factor = g_sums.shape[1], math.sqrt(num_tokens / head_dim) / num_tokens
 
     launch = _launch("backward_queries", q)
     grid = _grid(q, launch, "BLOCK_M")
     dtemperature = q.new_empty(grid, dtype=torch.float32)
-    arguments: Arguments = (
-        q,
-        v,
-        temperature,
-        *prepared,
-        dq,
-        dtemperature,
-        *q.stride(),
-        *v.stride(),
-        num_heads,
-        num_tokens,
-        factor,
-    )
-    kernels.launch(kernels_direct.backward_queries, grid, *arguments, config=launch, **_sizes(q))
+    tensors = (grad, q, k, v, temperature, saved[1], keys, rows, centres, key_sums, dq, dtemperature)
+    strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
+    numbers = (num_heads, num_tokens, num_parts, factor)
+    kernels.launch(kernels_direct.backward_queries, grid, *tensors, *strides, *numbers, config=launch, **_sizes(q))
 
     launch = _launch("backward_keys", q)
-    tensors = (k, v, temperature, *prepared, g_sums, dk, dv)
-    numbers = (*k.stride(), *v.stride(), num_heads, num_tokens, g_sums.shape[1], factor)
-    grid = _grid(q, launch, "BLOCK_N")
-    kernels.launch(kernels_direct.backward_keys, grid, *tensors, *numbers, config=launch, **_sizes(q))
+    tensors = (k, v, temperature, queries, g, rows, g_sums, dk, dv)
+    strides, grid = (*k.stride(), *v.stride()), _grid(q, launch, "BLOCK_N")
+    kernels.launch(kernels_direct.backward_keys, grid, *tensors, *strides, *numbers, config=launch, **_sizes(q))
     return dq, dk, dv, dtemperature.view(batch, num_heads, -1).sum(dim=(0, 2))
 
 
 def _prepare_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Return the unit keys (B, H, N, WIDTH), the sum of the values in parts (B H, parts, WIDTH) fp32, and how many parts."""
+    """Return 1 / |k| (B H, N), the sum of the values in parts (B H, parts, WIDTH), both fp32, and how many parts."""
     batch, num_heads, num_tokens, _ = k.shape
     sizes, launch = _sizes(k), _launch("prepare_keys", k)
     grid = _grid(k, launch, "BLOCK_N")
-    units = k.new_empty(batch, num_heads, num_tokens, sizes["WIDTH"])
+    key_factors = k.new_empty(batch * num_heads, num_tokens, dtype=torch.float32)
     value_sums = k.new_empty(*grid, sizes["WIDTH"], dtype=torch.float32)
-    arguments: Arguments = (k, v, units, value_sums, *k.stride(), *v.stride(), num_heads, num_tokens)
+    arguments: Arguments = (k, v, key_factors, value_sums, *k.stride(), *v.stride(), num_heads, num_tokens)
     kernels.launch(kernels_direct.prepare_keys, grid, *arguments, config=launch, **sizes)
-    return units, value_sums, grid[1]
+    return key_factors, value_sums, grid[1]
 
 
 def _prepare_backward(grad: Tensor, q: Tensor, k: Tensor, temperature: Tensor, *saved: Tensor) -> tuple[Tensor, ...]:
-    """Return sigma q^, k^, g (B H, N, WIDTH), and in fp32 delta (B H, N) and the sum of g in parts (B H, parts, WIDTH)."""
+    """Return scaled q, centred k^, g (B H, N, WIDTH), and in fp32 the numbers of a token (B H, 5, N), the centres of k^
+    (B H, WIDTH), and the sums of g and k^ in parts (B H, parts, WIDTH).
+    """
     batch, num_heads, num_tokens, _ = q.shape
     sizes, launch = _sizes(q), _launch("prepare_backward", q)
     grid = _grid(q, launch, "BLOCK_M")
-    rows = (batch * num_heads, num_tokens)
-    prepared = [q.new_empty(*rows, sizes["WIDTH"]) for _ in range(3)]
-    delta = q.new_empty(rows, dtype=torch.float32)
-    g_sums = q.new_empty(*grid, sizes["WIDTH"], dtype=torch.float32)
-    tensors = (grad, q, k, temperature, *saved, *prepared, delta, g_sums)
+    heads, width = batch * num_heads, sizes["WIDTH"]
+    prepared = [q.new_empty(heads, num_tokens, width) for _ in range(3)]
+    shapes = [(heads, kernels_direct.NUM_ROWS.value, num_tokens), (heads, width), (*grid, width), (*grid, width)]
+    prepared += [q.new_empty(shape, dtype=torch.float32) for shape in shapes]
+    tensors = (grad, q, k, temperature, *saved, *prepared)
     strides = (*grad.stride(), *q.stride(), *k.stride())
     kernels.launch(kernels_direct.prepare_backward, grid, *tensors, *strides, num_heads, num_tokens, config=launch, **sizes)
-    return *prepared, delta, g_sums
+    return tuple(prepared)
 
 
 def _grid(q: Tensor, launch: Launch, block: str) -> tuple[int, int]:

@@ -64,8 +64,8 @@ TOYS: dict[str, tuple[dict[str, int], int, bool]] = {
 # Most that an inner loop may cost: instructions of a thread for a score (direct) or issued for every clock of the tensor cores
 # (efficient), by architecture and head dimension: what was compiled when this was written, and a tenth of room. Of the direct
 # forward pass' 5.8 for a score at D = 32, p takes two, the row sum one and rounding half; softmax takes 6.9, one of them an
-# exponential that counts eightfold. Without `prepared` every block of queries takes the keys' lengths again. The efficient loops keep
-# the tensor cores busy at D = 64, below 1; at D = 32 the same features meet half the columns.
+# exponential that counts eightfold. Without `prepared` every block of queries takes the keys' lengths again. The efficient
+# loops keep the tensor cores busy at D = 64, below 1; at D = 32 the same features meet half the columns.
 BUDGETS = {
     "forward prepared": {(90, 32): 6.4, (90, 64): 8.7, (80, 32): 7.3, (80, 64): 10.7},
     "forward": {(90, 32): 9.2, (90, 64): 13.2, (80, 32): 10.2, (80, 64): 14.5},

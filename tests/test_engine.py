@@ -70,6 +70,8 @@ def test_learning_rate_follows_the_update_number(undisturbed: Path) -> None:
     assert max(rates) == pytest.approx(3e-3 * 5 / 6, rel=0.01)  # the last update of the warm-up
 
 
+@pytest.mark.fault("A16")
+@pytest.mark.fault("B5")
 @pytest.mark.parametrize("stops", [(4,), (6,), (3, 4, 5)], ids=["mid-epoch", "epoch-end", "three-stops"])
 def test_a_stopped_run_continues_bit_for_bit(
     stops: tuple[int, ...], undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,6 +88,7 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
 
 
+@pytest.mark.fault("A1")
 def test_a_crash_costs_only_the_updates_since_the_last_checkpoint(
     undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +128,7 @@ def test_going_back_to_an_earlier_step_leaves_the_later_ones_behind(
     assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))
 
 
+@pytest.mark.fault("B5")
 def test_workers_and_threads_of_the_loader_change_nothing(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(digit_folder, tmp_path / "run", data__num_workers=0, schedule__stop_epoch=1)
     train(config)
@@ -132,6 +136,7 @@ def test_workers_and_threads_of_the_loader_change_nothing(undisturbed: Path, dig
     assert here == {update: loss for update, loss in losses(undisturbed).items() if update <= 6}
 
 
+@pytest.mark.fault("A16")
 def test_stop_epoch_leaves_early_and_can_be_raised(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(digit_folder, tmp_path / "run", schedule__stop_epoch=1)
     assert train(config) == 0
@@ -142,6 +147,7 @@ def test_stop_epoch_leaves_early_and_can_be_raised(undisturbed: Path, digit_fold
     assert train(longer) == 0  # already finished
 
 
+@pytest.mark.fault("A16")
 def test_a_finished_run_is_not_overwritten(undisturbed: Path, digit_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds a run already.*--resume auto"):
@@ -149,6 +155,7 @@ def test_a_finished_run_is_not_overwritten(undisturbed: Path, digit_folder: Path
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*") if path.is_file()}
 
 
+@pytest.mark.fault("B7")
 def test_resuming_with_another_recipe_is_refused(undisturbed: Path, digit_folder: Path) -> None:
     config = tiny_config(digit_folder, undisturbed, optim__lr=1e-3, augment__hflip=0.0)
     with pytest.raises(ValueError, match=r"augment.hflip 0.5 -> 0.0; optim.lr 0.003 -> 0.001"):
@@ -216,6 +223,7 @@ def test_a_setting_that_is_newer_than_the_checkpoint_had_its_default(digit_folde
         check_same_run(older, changed)
 
 
+@pytest.mark.fault("B7")
 def test_settings_named_in_allow_change_may_differ(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "run")
     changed = tiny_config(digit_folder, tmp_path / "run", optim__lr=1e-3, train__mixed_precision="bf16", resume="auto")
@@ -246,6 +254,7 @@ def test_an_allowed_change_takes_effect_at_once(
     assert all(record["lr"] < 3.1e-5 for record in records if record["update"] > 14)
 
 
+@pytest.mark.fault("B7")
 def test_what_defines_positions_cannot_be_changed(undisturbed: Path, digit_folder: Path) -> None:
     config = tiny_config(digit_folder, undisturbed, train__global_batch_size=8, resume="auto")
     with pytest.raises(ValueError, match="train.global_batch_size 16 -> 8; change them in a new run_dir$"):
@@ -265,6 +274,7 @@ def test_a_failed_start_does_not_leave_an_old_status(undisturbed: Path, digit_fo
     assert "/nowhere" in run.read_status()["message"]
 
 
+@pytest.mark.fault("B7")
 def test_other_images_are_noticed_on_resume(undisturbed: Path, digit_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "run")
     shutil.copytree(digit_folder, tmp_path / "data")
@@ -286,6 +296,7 @@ def test_the_best_epoch_is_kept_whenever_it_comes(digit_folder: Path, tmp_path: 
     assert load_weights(tmp_path / "run", step="best")[1].step == 12
 
 
+@pytest.mark.fault("A1")
 def test_a_kill_during_an_evaluation_costs_no_update(
     undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,3 +370,27 @@ def test_every_way_to_train_leaves_a_usable_export(changes: dict[str, object], d
     assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
     exported = timm.create_model(f"local-dir:{tmp_path / 'run' / 'export'}", pretrained=True)
     assert exported(torch.zeros(1, 3, 16, 16)).isfinite().all()
+
+
+@pytest.mark.fault("A15")
+@pytest.mark.fault("B2")
+@pytest.mark.fault("B11")
+def test_a_full_disk_is_announced_and_neither_the_clock_nor_tensorboard_changes_a_run(
+    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run with a clock that goes back an hour a call, a file in place of TensorBoard's folder, and 1,000 bytes free."""
+    times = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(times)))
+    monkeypatch.setattr("taylorvit.saving.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 1000))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("")
+    config = tiny_config(digit_folder, tmp_path / "run", log__tensorboard=True, data__num_workers=0)
+    assert train(config) == 0
+    output = capsys.readouterr().out
+    assert "two checkpoints take about" in output
+    assert "has 1,000 free: make room" in output
+    assert output.count("warning: TensorBoard or its pictures end here") == 1
+    records = RunFolder(tmp_path / "run").read_metrics()
+    assert all(record["images_per_second"] > 0 for record in records if record["kind"] == "train")
+    assert history(tmp_path / "run") == history(undisturbed)
+    assert_same_state(last_checkpoint(tmp_path / "run"), last_checkpoint(undisturbed))

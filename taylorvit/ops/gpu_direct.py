@@ -127,8 +127,8 @@ def backward(
     launch = _launch("backward_queries", q)
     grid = _grid(q, launch, "BLOCK_M")
     dtemperature = q.new_empty(grid, dtype=torch.float32)
-    tensors = (grad, q, k, v, temperature, saved[1], keys, rows, centres, key_sums, dq, dtemperature)
-    strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
+    tensors: tuple[Tensor, ...] = (grad, q, k, v, temperature, saved[1], keys, rows, centres, key_sums, dq, dtemperature)
+    strides: tuple[int, ...] = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
     numbers = (num_heads, num_tokens, num_parts, factor)
     kernels.launch(kernels_direct.backward_queries, grid, *tensors, *strides, *numbers, config=launch, **_sizes(q))
 

@@ -5,7 +5,6 @@ The user states images per update; how many processes there are changes neither 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import time
@@ -141,6 +140,7 @@ class Peers:
     def __init__(self, accelerator: Accelerator) -> None:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.where = "the start"
+        self.cut_off = False  # whether the launcher no longer takes notes: it is gone
         self._store: PrefixStore | None = None
         if self.world_size > 1:
             start = broadcast_object_list([f"{os.getpid()}-{time.time_ns()}"])[0]  # a launcher that restarts keeps its store
@@ -189,9 +189,11 @@ class Peers:
         return " and ".join(lost) or "every other process, none of which left on its own"
 
     def _tell(self, text: str) -> None:
-        with contextlib.suppress(RuntimeError):
+        try:
             if self._store is not None:
                 self._store.set(str(self.rank), text)
+        except RuntimeError:
+            self.cut_off = True
 
 
 def _is_lost(error: BaseException) -> bool:

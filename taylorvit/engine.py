@@ -205,6 +205,7 @@ def _train_epoch(loop: Loop) -> bool:
     batches = _noted(loop, loop.pace.timed(iter(session.train_loader)))
     for update in range(first, session.updates_per_epoch):
         loop.peers.note(f"update {progress.update + 1}")
+        loop.stop.cut_off = loop.peers.cut_off
         learning_rate = current_learning_rate(session.optimizer)
         result = run_update(loop, batches, epoch=epoch, update=update)
         session.bad_samples.share()

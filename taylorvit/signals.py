@@ -28,6 +28,7 @@ class StopRequest:
 
     def __init__(self, stop_file: Path | None) -> None:
         self.stop_file = stop_file
+        self.cut_off = False  # set by who finds that the launcher does not answer: it may have died before this line
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.signal: signal.Signals | None = None
         self._noted_at = 0.0
@@ -70,7 +71,7 @@ class StopRequest:
         return self.stop_file is not None and self.stop_file.exists()
 
     def _is_orphan(self) -> bool:
-        return self.launcher is not None and os.getppid() != self.launcher
+        return self.cut_off or (self.launcher is not None and os.getppid() != self.launcher)
 
     @property
     def exit_code(self) -> int:

@@ -227,3 +227,16 @@ def test_one_error_is_said_once_by_all_processes(three: list[Peers]) -> None:
 def test_faults_of_ours_stay_what_they_are(three: list[Peers]) -> None:
     error = RuntimeError("shapes do not match")
     assert three[0].explain(error) is error
+
+
+@pytest.mark.fault("A1")
+def test_a_launcher_that_takes_no_notes_is_gone_and_disturbs_nothing(
+    three: list[Peers], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise torch.distributed.DistNetworkError("Broken pipe")
+
+    assert not three[0].cut_off
+    monkeypatch.setattr(Store, "set", refuse)
+    three[0].note("update 8")
+    assert (three[0].cut_off, three[0].where) == (True, "update 8")

@@ -176,6 +176,10 @@ def test_a_launcher_that_is_gone_is_a_request(stop_file: Path, monkeypatch: pyte
         assert not stop.requested
         monkeypatch.setattr(os, "getppid", lambda: 1)
         assert (stop.requested, stop.reason, stop.exit_code) == (True, "the end of its launcher", 0)
+    with StopRequest(stop_file) as stop:  # it died before the watch began, which the launcher's silence told
+        assert not stop.requested
+        stop.cut_off = True
+        assert stop.requested
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     with StopRequest(stop_file) as stop:  # started by hand: a shell may go
         monkeypatch.setattr(os, "getppid", lambda: 7)

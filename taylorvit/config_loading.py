@@ -137,6 +137,10 @@ def _at_least(low: float) -> Any:
     return lambda value: low <= value < math.inf
 
 
+def _between(low: int, high: int) -> Any:
+    return lambda value: low <= value <= high
+
+
 def _positive(value: float) -> bool:
     return 0 < value < math.inf
 
@@ -150,19 +154,18 @@ def _share_below_one(value: float) -> bool:
 
 
 _COUNTS = (
-    "model.num_classes model.vocab_size model.max_length model.img_size model.patch_size model.embed_dim model.depth "
-    "model.num_heads "
+    "model.num_classes model.vocab_size model.max_length model.img_size model.patch_size model.embed_dim model.num_heads "
     "data.prefetch_factor optim.lr_base_batch_size schedule.epochs schedule.stop_epoch train.global_batch_size "
     "train.micro_batch_size evaluate.batch_size evaluate.every_epochs checkpoint.every_epochs checkpoint.every_updates "
     "checkpoint.keep_best checkpoint.milestone_every_epochs log.every_updates timeout_seconds"
 )
 _RANGES: tuple[tuple[str, str, Any], ...] = (
-    (_COUNTS, "1 or more", _at_least(1)),
-    (
-        "seed data.num_workers data.io_retries log.image_grid log.histogram_every_epochs augment.crop_padding",
-        "0 or more",
-        _at_least(0),
-    ),
+    # Above these limits nobody means what is written, and torch or the clock would fail in its own words, or work for ever.
+    (_COUNTS, "1 to 1,000,000,000", _between(1, 10**9)),
+    ("model.depth", "1 to 10,000", _between(1, 10**4)),
+    ("data.num_workers", "0 to 1,024", _between(0, 2**10)),
+    ("data.io_retries log.image_grid log.histogram_every_epochs augment.crop_padding", "0 to 1,000,000", _between(0, 10**6)),
+    ("seed", "0 or more", _at_least(0)),
     ("checkpoint.keep_last", "2 or more: the newest may be the one being written", _at_least(2)),
     ("model.in_chans", "1 (grey) or 3 (RGB)", lambda value: value in (1, 3)),
     (
@@ -203,7 +206,7 @@ def _annotations(section: type, prefix: str = "") -> dict[str, str]:
     return found
 
 
-_REFUSALS = (jsonargparse.ArgumentError, OverflowError)  # the latter of an integer that no float can hold
+_REFUSALS = (jsonargparse.ArgumentError, OverflowError, ValueError)  # the latter two of integers with very many digits
 _TYPES = _annotations(Config)
 _SECTIONS = {key.partition(".")[0] for key in _TYPES if "." in key}
 

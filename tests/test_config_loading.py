@@ -347,8 +347,11 @@ def _annotations_of(config: Any, prefix: str = "") -> dict[str, str]:
 
 
 BORDERS: dict[str, tuple[list[Any], list[Any]]] = {
-    "1 or more": ([1, 2], [0, -1]),
-    "0 or more": ([0, 1], [-1]),
+    "1 to 1,000,000,000": ([1, 2, 10**9], [0, -1, 10**9 + 1, 10**400]),
+    "1 to 10,000": ([1, 10**4], [0, 10**4 + 1]),
+    "0 to 1,024": ([0, 1024], [-1, 1025]),
+    "0 to 1,000,000": ([0, 10**6], [-1, 10**6 + 1]),
+    "0 or more": ([0, 1, 10**400], [-1]),
     "2 or more: the newest may be the one being written": ([2], [1, 0]),
     "1 (grey) or 3 (RGB)": ([1, 3], [0, 2, 4]),
     "a finite number above 0": ([1e-300, 1e300], [0.0, -1e-9, math.inf, math.nan]),
@@ -371,8 +374,10 @@ def test_ranges_and_their_borders(keys: str, allowed: str) -> None:
             config = with_value(key, value)
             if key == "schedule.epochs":
                 config.schedule.warmup_epochs = 0.0
-            elif key == "schedule.warmup_epochs":
-                config.schedule.epochs = 10**301
+            elif key == "schedule.warmup_epochs":  # which is bounded by the epochs
+                config.schedule.epochs, config.schedule.warmup_epochs = 10**9, min(value, 1e8)
+            elif key == "schedule.stop_epoch":
+                config.schedule.epochs = 10**9
             elif key == "model.in_chans":
                 config.data.mean, config.data.std = [0.5], [0.5]
             check_config(config)

@@ -57,7 +57,8 @@ def build_model(config: ModelConfig, *, device: torch.device | str | None = None
     try:
         return _create(config, keywords)
     except (TypeError, AssertionError, KeyError, RuntimeError) as error:  # how timm and torch refuse a keyword or a size
-        raise ValueError(f"model {config.name!r} refuses these settings: {type(error).__name__}: {error}") from error
+        reason = str(error).partition("\nException raised from ")[0]  # torch appends its own stack
+        raise ValueError(f"model {config.name!r} refuses these settings: {type(error).__name__}: {reason}") from error
 
 
 def random_inputs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from taylorvit.checkpoint import (
+    META,
     Checkpoint,
+    CheckpointError,
     find_newest,
     find_newest_valid,
     load_checkpoint,
@@ -22,6 +24,7 @@ from taylorvit.checkpoint import (
     set_newer_aside,
     unpack_state,
 )
+from taylorvit.cli import one_line
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten
 from taylorvit.export import export_model
@@ -93,6 +96,21 @@ CHANGEABLE = (
     "augment.label_smoothing",
 )
 
+# What a continued run reads in a checkpoint's meta.
+_META_KINDS: dict[str, Any] = {
+    "config": dict,
+    "split": dict,
+    "data": dict,
+    "environment.packages": dict,
+    "progress.best": (int, float, type(None)),
+    "state.ema": bool,
+    "state.scaler": (dict, type(None)),
+    "state.optimizer.class": str,
+    "state.optimizer.names": list,
+    "state.optimizer.groups": list,
+    "state.optimizer.state": dict,
+}
+
 
 @dataclass
 class Progress:
@@ -160,7 +178,9 @@ def describe_start(config: Config, run: RunFolder) -> str:
     found = newest if config.resume in ("auto", "never") else _named_step(config.resume)
     if found is None:
         return f"start      anew in {run.path}"
-    check_same_run(flatten(read_meta(found)["config"]), config)
+    meta = read_meta(found)
+    _check_meta(found, meta)
+    check_same_run(flatten(meta["config"]), config)
     return f"start      from {found}"
 
 
@@ -210,13 +230,19 @@ def restore(session: Session, found: Path) -> tuple[Progress, list[str]]:
         ValueError: the checkpoint is damaged, or belongs to another recipe, model or data set.
     """
     checkpoint = load_checkpoint(found)
+    _check_meta(found, checkpoint.meta)
     check_same_run(flatten(checkpoint.meta["config"]), session.config)
     _check_same_data(session, checkpoint)
     configured = [dict(group) for group in session.optimizer.param_groups]
     state, scaler = checkpoint.meta["state"], session.accelerator.scaler
     if (scaler is None) != (state["scaler"] is None):  # the precision was changed on purpose: a new scale starts, or none
         state, scaler = state | {"scaler": None}, None
-    unpack_state(checkpoint.tensors, state, session.bare_model, session.ema, session.optimizer, scaler)
+    try:
+        unpack_state(checkpoint.tensors, state, session.bare_model, session.ema, session.optimizer, scaler)
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # a checksum says nothing of the writer
+        raise CheckpointError(f"{found / META}: state is none that a training saves ({one_line(error)})") from error
     _apply_changes(session, configured)
     return Progress(**checkpoint.meta["progress"]), _inexact(session, checkpoint)
 
@@ -302,10 +328,25 @@ def _named_step(resume: str) -> Path:
     return Path(resume)
 
 
+def _check_meta(found: Path, meta: dict[str, Any]) -> None:
+    """Raise a CheckpointError for the first key of a checkpoint's meta that is missing or not what `save` writes there."""
+    progress = {f"progress.{item.name}": int if item.type == "int" else (int, float) for item in fields(Progress)}
+    for key, kinds in (progress | _META_KINDS).items():
+        value: Any = meta
+        for part in key.split("."):
+            if not isinstance(value, dict) or part not in value:
+                raise CheckpointError(f"{found / META}: {key} is missing, which a training saves")
+            value = value[part]
+        if not isinstance(value, kinds):
+            raise CheckpointError(f"{found / META}: {key} is a {type(value).__name__}, which no training saves there")
+    if unknown := meta["progress"].keys() - asdict(Progress()).keys():
+        raise CheckpointError(f"{found / META}: progress.{min(unknown)} is unknown")
+
+
 def _check_same_data(session: Session, checkpoint: Checkpoint) -> None:
     """Raise a ValueError where the images are not those the run began with: positions would mean other images."""
     for split, fingerprint in session.fingerprints.items():
-        if checkpoint.meta["data"][split] != fingerprint:
+        if checkpoint.meta["data"].get(split) != fingerprint:
             raise ValueError(
                 f"data.root: the {split} images at {session.config.data.root} are not those that {checkpoint.path} was trained "
                 "with: files were added, removed or renamed; restore them, or start a new run_dir"
@@ -315,10 +356,10 @@ def _check_same_data(session: Session, checkpoint: Checkpoint) -> None:
 def _inexact(session: Session, checkpoint: Checkpoint) -> list[str]:
     """Say why the continued run will not repeat the uninterrupted one bit for bit, where it will not."""
     saved, here = checkpoint.meta["split"], asdict(session.split)
-    split = [f"{key} {saved[key]} -> {here[key]}" for key in saved if saved[key] != here[key] and key != "rank"]
+    split = [f"{key} {saved.get(key)} -> {here[key]}" for key in here if saved.get(key) != here[key] and key != "rank"]
     notes = (
         [f"{', '.join(split)}: same images, same order, but sums round differently and drop path draws afresh"] if split else []
     )
     before, now = checkpoint.meta["environment"]["packages"], session.environment["packages"]
-    versions = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name) != now[name]]
+    versions = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     return notes + ([f"{', '.join(versions)}: other versions may draw or round differently"] if versions else [])

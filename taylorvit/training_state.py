@@ -68,6 +68,9 @@ def unpack_state(
     for part, module in modules.items():
         _check_tensors(part, named_state(module), _select(tensors, part))
     _check_optimizer(state["optimizer"], model, _inner(optimizer))
+    unused = {f"optimizer.{name}" for name in _select(tensors, "optimizer")} - _references(state["optimizer"])
+    if unused:
+        raise CheckpointError(f"the checkpoint has the tensor {min(unused)}, but its optimizer's state does not")
     for part, module in modules.items():
         _copy_tensors(named_state(module), _select(tensors, part))
     _unpack_optimizer(state["optimizer"], tensors, _inner(optimizer))
@@ -146,6 +149,14 @@ def _reference(name: str, tensor: Tensor) -> dict[str, Any]:
     if dense and not tensor.is_contiguous():
         reference["stride"] = list(tensor.stride())
     return reference
+
+
+def _references(value: Any) -> set[str]:
+    """Return the names of the tensors that an encoded value stands for."""
+    if isinstance(value, Mapping) and isinstance(name := value.get("__tensor__"), str):
+        return {name}
+    below = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return set().union(*map(_references, below))
 
 
 def _check_optimizer(packed: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -6,20 +6,29 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import as_arguments, finish, launch, tiny_config
 
-from taylorvit.config import ModelConfig
+from taylorvit.checkpoint import _manifest, list_checkpoints, read_meta
+from taylorvit.config import Config, ModelConfig
 from taylorvit.data.imdb import Imdb
 from taylorvit.data.webdataset import build_shard_source, build_tar_source
+from taylorvit.distributed import build_accelerator
+from taylorvit.engine import train
 from taylorvit.models import build_model
-from taylorvit.saving import _named_step
+from taylorvit.run_folder import RunFolder
+from taylorvit.saving import _named_step, describe_start, restore
+from taylorvit.session import Session, build_session
+from taylorvit.training_state import CheckpointError, encode
 from taylorvit.weights import load_weights
 from tools import convert_checkpoint, export_checkpoint
 
@@ -147,6 +156,129 @@ def test_resume_takes_no_folder_of_pickles(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not auto, never or a step folder"):
         _named_step(str(path))
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.fixture(scope="module")
+def trained(digit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The config of a run of one epoch whose step folder is the best there is to go on from."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    config = tiny_config(digit_folder, run_dir, schedule__stop_epoch=1, data__num_workers=0, checkpoint__every_updates=None)
+    assert train(config) == 0
+    return config
+
+
+@pytest.fixture
+def session(trained: Config, fresh_accelerate: None) -> Session:
+    return build_session(trained, build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=60))
+
+
+def newest(config: Config) -> Path:
+    return list_checkpoints(Path(config.run_dir) / "checkpoints")[-1]
+
+
+def resign(step: Path, meta: dict[str, Any]) -> None:
+    """Write another meta.json and the manifest that goes with it, as anybody can."""
+    (step / "meta.json").write_text(json.dumps(encode(meta, "meta")))
+    (step / "manifest.json").write_text(_manifest(step, int(step.name[-8:])))
+
+
+ODD: tuple[Any, ...] = (None, 7, "x", [], [1], {}, {"a": 1}, [[1]], True)
+RESUMED = ("config", "progress", "split", "data", "environment", "state")
+BELOW = ("progress.update", "progress.best", "progress.epoch_loss", "environment.packages", "state.ema", "state.scaler")
+BELOW += ("state.optimizer", *(f"state.optimizer.{key}" for key in ("class", "names", "groups", "state")), "data.train")
+BELOW += ("state.optimizer.state.0", "state.optimizer.state.0.exp_avg", "state.optimizer.groups.0")
+
+
+@pytest.mark.fault("C1")
+@pytest.mark.parametrize("key", [*RESUMED, *BELOW])
+def test_a_signed_checkpoint_of_a_stranger_is_restored_or_named(
+    key: str, trained: Config, session: Session, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    """The manifest fits: nothing but what is read says that a key is gone, or holds something else."""
+    refused = 0
+    for number, odd in enumerate((*ODD, "remove")):
+        step = tmp_path / str(number) / newest(trained).name
+        shutil.copytree(newest(trained), step)
+        meta = json.loads((step / "meta.json").read_text())
+        place, last = meta, key.split(".")[-1]
+        for part in key.split(".")[:-1]:
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        index: Any = int(last) if isinstance(place, list) else last
+        if odd == "remove":
+            del place[index]
+        else:
+            place[index] = odd
+        resign(step, meta)
+        try:
+            restore(session, step)
+        except ValueError as error:
+            message = str(error)
+            assert "\n" not in message
+            assert str(step) in message or message.startswith(("resume: ", "the checkpoint ", "parameter group ")), message
+            refused += 1
+        if key == "config" and not isinstance(odd, dict):
+            with pytest.raises(CheckpointError, match=r"meta\.json: config is "):
+                describe_start(replace(trained, resume=str(step)), RunFolder(trained.run_dir))
+    assert refused >= 1
+    record_property("messages", refused)
+
+
+@pytest.mark.fault("C1")
+def test_a_signed_checkpoint_that_nobody_changed_is_restored(trained: Config, session: Session, tmp_path: Path) -> None:
+    step = tmp_path / newest(trained).name
+    shutil.copytree(newest(trained), step)
+    resign(step, read_meta(step))
+    assert restore(session, step)[0].update == 6
+
+
+@pytest.mark.fault("C1")
+@pytest.mark.filterwarnings("ignore:damaged checkpoint")
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("file", ["meta.json", "state.safetensors", "manifest.json"])
+def test_resuming_runs_no_pickle(file: str, signed: bool, trained: Config, tmp_path: Path) -> None:
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    config = replace(trained, run_dir=str(tmp_path / "run"))
+    for kind in ("zip", "pickle"):
+        for step in list_checkpoints(tmp_path / "run" / "checkpoints"):
+            FORMATS[kind](step / file, Canary(tmp_path / "canary"))
+            if signed and file != "manifest.json":
+                (step / "manifest.json").write_text(_manifest(step, int(step.name[-8:])))
+        for resume in (str(newest(config)), "auto"):
+            with pytest.raises(CheckpointError, match="step-|is damaged") as caught:
+                train(replace(config, resume=resume))
+            assert "\n" not in str(caught.value)
+        for aside in (tmp_path / "run" / "checkpoints").glob("damaged-*"):
+            aside.rename(aside.with_name(aside.name.removeprefix("damaged-")))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.fault("C1")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FORMATS)
+def test_no_program_runs_what_a_file_asks_for(kind: str, trained: Config, tmp_path: Path) -> None:
+    """From the shell: evaluation, fine-tuning, a named step, and a folder that is to be continued."""
+    canary, run_dir = tmp_path / "canary", tmp_path / "run"
+    shutil.copytree(trained.run_dir, run_dir)
+    for step in list_checkpoints(run_dir / "checkpoints"):
+        for name in ("state.safetensors", "meta.json"):
+            FORMATS[kind](step / name, Canary(canary))
+        (step / "manifest.json").write_text(_manifest(step, int(step.name[-8:])))
+    hostile = plant(tmp_path, "x.pth", FORMATS[kind], Canary(canary))
+    arguments = as_arguments(replace(trained, run_dir=str(run_dir)))
+    started = [
+        launch("eval.py", [str(hostile), "--data.dataset=folder", f"--data.root={trained.data.root}"]),
+        launch("eval.py", [str(run_dir)]),
+        launch("train.py", [*arguments, f"--run_dir={tmp_path / 'new'}", f"--train.finetune={hostile}"]),
+        launch("train.py", [*arguments, f"--resume={newest(trained).relative_to(trained.run_dir)}"]),
+        launch("train.py", [*arguments, f"--resume={list_checkpoints(run_dir / 'checkpoints')[-1]}"]),
+        launch("train.py", [*arguments, "--resume=auto"]),
+    ]
+    for process in started:
+        output = finish(process, code=2)
+        assert len([line for line in output.splitlines() if line.startswith("error:")]) == 1, output
+        assert "Traceback" not in output
+        assert not canary.exists()
 
 
 def write_hostile_tar(path: Path, prefix: str, suffix: str, claimed: int = 0) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +23,8 @@ from taylorvit.cli import one_line
 GLOO_LOST = re.compile(
     r"gloo.*(connect|closed|reset|timed out|timeout|(read|write) error|broken pipe)", re.IGNORECASE | re.DOTALL
 )
+
+STORE_SECONDS = 10  # within which the launcher's store answers
 
 
 class LostProcessError(ConnectionError):
@@ -47,7 +50,7 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
     """Start accelerate on the processes that launched us.
 
     Raises:
-        LostProcessError: the processes did not find each other within `timeout_seconds`.
+        LostProcessError: the launcher is gone, or the processes did not find each other within `timeout_seconds`.
         ValueError: the launcher started more processes than accelerate sees, a device or precision is not to be had here, or
             the launcher's own configuration asks for compilation or accumulation, which are settings of the run, or sharding.
     """
@@ -62,6 +65,7 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
         )
     if cpu and mixed_precision == "fp16":
         raise ValueError("train.mixed_precision: 'fp16' needs a GPU; use bf16 or no on a CPU")
+    _find_launcher()
     try:
         accelerator = Accelerator(
             cpu=cpu,
@@ -84,6 +88,25 @@ def build_accelerator(*, device: str, mixed_precision: str, timeout_seconds: int
         accelerator.distributed_type.value,
     )
     return accelerator
+
+
+def _find_launcher() -> None:
+    """Raise a LostProcessError where the launcher died while this process started.
+
+    The processes meet in its store, which PyTorch would try to reach for longer than the run's timeout.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    deadline = time.monotonic() + STORE_SECONDS
+    while True:
+        try:
+            socket.create_connection(address, timeout=STORE_SECONDS).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LostProcessError(f"lost the launcher at {address[0]}, port {address[1]}: {one_line(error)}") from error
+        time.sleep(0.5)
 
 
 def check_launch(
@@ -145,7 +168,7 @@ class Peers:
         if self.world_size > 1:
             start = broadcast_object_list([f"{os.getpid()}-{time.time_ns()}"])[0]  # a launcher that restarts keeps its store
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10), wait_for_workers=False)
+            store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS), wait_for_workers=False)
             self._store = PrefixStore(f"taylorvit/{start}", store)
             self._tell(self.where)
 

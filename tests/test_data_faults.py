@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 from helpers import as_arguments, assert_same_state, finish, history, launch, tiny_config, write_digit_folder
 from PIL import Image
+from torch.utils.data import Dataset
 
 from taylorvit.checkpoint import list_checkpoints
 from taylorvit.config import AugmentConfig, Config, DataConfig
 from taylorvit.data import ImageError, LoaderError, build_dataset, build_eval_loader, build_train_loader, most_unreadable
 from taylorvit.data import images as images_module
+from taylorvit.data import loader as loader_module
 from taylorvit.data.augment import build_eval_transform, build_train_transform
 from taylorvit.data.images import ImageDataset, StorageError
-from taylorvit.data.loader import explain_failure, explained_loader_failures
+from taylorvit.data.loader import Loader, explain_failure, explained_loader_failures
 from taylorvit.engine import train
 from taylorvit.run_folder import RunFolder
 
@@ -437,6 +439,27 @@ ENDINGS: dict[str, tuple[Callable[[], object], str]] = {
 }
 
 
+class Three(Dataset):
+    """Three samples; something happens at the last."""
+
+    def __init__(self, event: Callable[[], object]) -> None:
+        self.event = event
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> tuple[int, None]:
+        if index == 2:
+            self.event()
+        return index, None
+
+
+def three_loader(event: Callable[[], object]) -> Loader:
+    return Loader(
+        Three(event), data=DataConfig(num_workers=1), collate=None, timeout_seconds=600, persistent=False, batch_size=3
+    )
+
+
 @pytest.mark.fault("A12")
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_a_worker_that_ends_or_hangs_is_named_in_one_line_with_the_likely_cause(ending: str) -> None:
@@ -459,6 +482,27 @@ def test_a_worker_that_ends_or_hangs_is_named_in_one_line_with_the_likely_cause(
         list(loader)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.fault("A12")
+def test_a_dead_worker_whose_report_was_lost_is_noticed_long_before_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch reports a death by raising in a signal handler; inside a callback Python drops what is raised."""
+    monkeypatch.setattr(loader_module, "POLL_SECONDS", 1.0)
+    batches = iter(three_loader(kill(signal.SIGKILL)))
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    started = time.monotonic()
+    try:
+        with pytest.raises(LoaderError, match=ENDINGS["SIGKILL"][1]):
+            list(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+    assert time.monotonic() - started < 60
+
+
+def test_a_loader_waits_longer_than_it_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.2)
+    loader = three_loader(lambda: time.sleep(1.5))
+    assert [batch.tolist() for batch in loader] == [[0, 1, 2]]
 
 
 def test_other_errors_are_left_as_they_are() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import re
+import socket
 from typing import Any
 
 import pytest
 import torch
 
+from taylorvit import distributed
 from taylorvit.distributed import LostProcessError, Peers, build_accelerator, check_launch, split_batch
 
 LAUNCHER_VARIABLES = (
     "WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
+    "TORCHELASTIC_USE_AGENT_STORE",
     "ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_DYNAMO_BACKEND",
 )  # fmt: skip
 
@@ -240,3 +243,16 @@ def test_a_launcher_that_takes_no_notes_is_gone_and_disturbs_nothing(
     monkeypatch.setattr(Store, "set", refuse)
     three[0].note("update 8")
     assert (three[0].cut_off, three[0].where) == (True, "update 8")
+
+
+@pytest.mark.fault("A1")
+def test_a_process_whose_launcher_died_while_it_started_leaves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store is not there; the run's timeout would be half an hour."""
+    monkeypatch.setattr(distributed, "STORE_SECONDS", 1)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "WORLD_SIZE": "2", "RANK": "0"}
+        for name, value in (values | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(LostProcessError, match=r"^lost the launcher at 127\.0\.0\.1, port \d+: .*refused"):
+            build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=1800)

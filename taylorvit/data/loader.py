@@ -1,6 +1,7 @@
 """Batches from worker processes: what could not be read is told beside each batch, and a worker's failure is one line.
 
-PyTorch waits for ever for a worker that hangs, and reports one that died from wherever the training process happens to be.
+PyTorch waits for ever for a worker that hangs, and reports one that died once, from wherever the training process happens to
+be: a report that comes up inside a callback is lost.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from taylorvit.config import DataConfig
 
 WORKER_NAME = "image loader"
 PATIENCE = 0.8  # of timeout_seconds: the other processes wait in a collective that long, and should hear the cause instead
+POLL_SECONDS = 5.0  # after which PyTorch looks whether a worker died whose report was lost
 DEATH_SECONDS = 2.0  # between the first sign of a worker's death and its exit code
 Collate = Callable[[list[Any]], Any]
 
@@ -87,7 +89,7 @@ class Loader(DataLoader):
     ) -> None:
         if data.num_workers > 0:
             options |= {"prefetch_factor": data.prefetch_factor, "persistent_workers": persistent}
-            options |= {"worker_init_fn": init_worker, "timeout": PATIENCE * timeout_seconds}
+            options |= {"worker_init_fn": init_worker, "timeout": min(POLL_SECONDS, PATIENCE * timeout_seconds)}
         super().__init__(
             dataset,
             num_workers=data.num_workers,
@@ -96,6 +98,7 @@ class Loader(DataLoader):
             generator=torch.Generator(),  # else every iter() would draw from the global generator
             **options,
         )
+        self.patience = PATIENCE * timeout_seconds
         self.unreadable: dict[int, str] = {}
 
     def __iter__(self) -> Any:
@@ -107,6 +110,7 @@ class Loader(DataLoader):
         return self._batches(iterator)
 
     def _batches(self, iterator: Iterator[tuple[Any, list[Unreadable]]]) -> Iterator[Any]:
+        waits_since = time.monotonic()
         while True:
             try:
                 batch, problems = next(iterator)
@@ -114,13 +118,16 @@ class Loader(DataLoader):
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 if str(error).startswith("DataLoader timed out"):
-                    raise _give_up(iterator, self.timeout) from error
+                    if time.monotonic() - waits_since < self.patience:
+                        continue
+                    raise _give_up(iterator, self.patience) from error
                 if lost := _lost_worker(iterator, error):
                     raise LoaderError(lost) from error
                 raise
             self.unreadable |= {problem.number: problem.message for problem in problems}
             if batch is not None:
                 yield batch
+            waits_since = time.monotonic()
 
 
 def _collate_pairs(pairs: Sequence[tuple[Any, Unreadable | None]], *, collate: Collate) -> tuple[Any, list[Unreadable]]:
@@ -224,6 +231,6 @@ atexit.register(_end_workers, _ITERATORS)  # multiprocessing was imported above,
 
 def init_worker(worker_id: int) -> None:
     """Prepare a loader worker: one thread, and the signals that end a run ignored, for the training process answers them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -105,6 +105,7 @@ def test_reset_parameters_sets_the_temperature_only() -> None:
     assert torch.equal(attention.qkv.weight, weight)
 
 
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -67,6 +67,7 @@ def with_value(key: str, value: Any) -> Config:
 # ---- layers and types
 
 
+@pytest.mark.fault("E3")
 def test_exponents_without_a_point_are_numbers(tmp_path: Path) -> None:
     """PyYAML itself reads 1e-3 as a word."""
     config = load(written(tmp_path, "optim:\n  lr: 1e-3\n  eps: 1E-7\n  kwargs: {a: 5e-4}\n"))
@@ -143,6 +144,7 @@ def misspelt(word: str) -> Iterator[str]:
     yield word[:middle] + word[middle] + word[middle:]
 
 
+@pytest.mark.fault("E1")
 def test_every_misspelt_key_is_refused_with_the_right_one(tmp_path: Path) -> None:
     for key in KEYS:
         section, _, name = key.rpartition(".")
@@ -156,17 +158,20 @@ def test_every_misspelt_key_is_refused_with_the_right_one(tmp_path: Path) -> Non
             assert str(caught.value) == f"{tmp_path}/run.yaml, line {line}: unknown key {given!r}; did you mean {key!r}?"
 
 
+@pytest.mark.fault("E1")
 @pytest.mark.parametrize("key", ["seed", "optim.weight_decay", "train.global_batch_size", "log.tensorboard"])
 def test_misspelt_keys_on_the_command_line(key: str) -> None:
     for wrong in misspelt(key):
         assert refusal(f"--{wrong}=1") == f"unknown key {wrong!r}; did you mean {key!r}?"
 
 
+@pytest.mark.fault("E1")
 def test_misspelt_keys_in_a_dictionary() -> None:
     with pytest.raises(ValueError, match=r"^unknown key 'optim\.lrr'; did you mean 'optim\.lr'\?$"):
         config_from_dict({"optim": {"lrr": 1.0}})
 
 
+@pytest.mark.fault("E1")
 def test_misspelt_sections(tmp_path: Path) -> None:
     for section in (item.name for item in fields(Config) if hasattr(getattr(Config(), item.name), "__dataclass_fields__")):
         for wrong in misspelt(section):
@@ -179,6 +184,7 @@ def test_a_key_in_the_wrong_section_points_to_the_right_one(tmp_path: Path) -> N
     assert refusal("--config", written(tmp_path, "train:\n  epochs: 3\n")).endswith("did you mean 'schedule.epochs'?")
 
 
+@pytest.mark.fault("E1")
 def test_abbreviated_keys_are_unknown() -> None:
     assert refusal("--schedule.epoch=9") == "unknown key 'schedule.epoch'; did you mean 'schedule.epochs'?"
     assert "unknown key 'optim.weight_dec'" in refusal("--optim.weight_dec=0.5")
@@ -203,6 +209,7 @@ def test_nearest_is_silent_without_a_likeness() -> None:
 # ---- files
 
 
+@pytest.mark.fault("E2")
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -263,6 +270,7 @@ def test_harmless_yaml_is_accepted(tmp_path: Path) -> None:
     assert (config.model.kwargs, config.run_dir) == ({"a": [{"b": 1}, {"b": 2}], "b": 1}, "2024-01-01")
 
 
+@pytest.mark.fault("E5")
 @pytest.mark.parametrize(
     "tag", ["!!python/object/apply:os.system", "!!python/object/new:os.system", "!!python/name:os.system", "!x"]
 )
@@ -274,6 +282,7 @@ def test_tags_run_nothing(tmp_path: Path, tag: str, place: str) -> None:
     assert not canary.exists()
 
 
+@pytest.mark.fault("E5")
 def test_environment_is_not_read_into_values(tmp_path: Path) -> None:
     assert load(written(tmp_path, "run_dir: ${HOME}")).run_dir == "${HOME}"
 
@@ -293,6 +302,7 @@ def test_the_file_with_the_wrong_type_is_named(tmp_path: Path) -> None:
 # ---- types and ranges
 
 
+@pytest.mark.fault("E3")
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
@@ -325,6 +335,7 @@ def test_wrong_types_say_key_value_and_type(tmp_path: Path, key: str, value: Any
     assert message.endswith(f"{key}: {shown} is not allowed; expected {expected}")
 
 
+@pytest.mark.fault("E3")
 def test_null_is_accepted_exactly_where_the_type_says_so(tmp_path: Path) -> None:
     optional = {key for key, annotation in _annotations_of(Config()).items() if "None" in annotation}
     assert {"optim.betas", "train.ema_decay", "log.peak_tflops"} <= optional
@@ -366,6 +377,7 @@ BORDERS: dict[str, tuple[list[Any], list[Any]]] = {
 }
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.parametrize(("keys", "allowed"), [(keys, allowed) for keys, allowed, _ in _RANGES])
 def test_ranges_and_their_borders(keys: str, allowed: str) -> None:
     inside, outside = BORDERS[allowed]
@@ -396,6 +408,7 @@ def test_every_number_has_a_range() -> None:
     assert numeric - ruled == elsewhere
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -444,6 +457,7 @@ def test_values_that_agree(changes: dict[str, Any]) -> None:
     assert {key: config[key] for key in changes} == changes
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e400"])
 def test_infinities_are_refused_in_files(tmp_path: Path, value: str) -> None:
     for key in ("optim.lr", "optim.weight_decay", "schedule.min_lr", "data.crop_pct", "train.ema_decay"):
@@ -451,6 +465,7 @@ def test_infinities_are_refused_in_files(tmp_path: Path, value: str) -> None:
         assert f"{key}: " in refusal("--config", written(tmp_path, f"{section}: {{{name}: {value}}}"))
 
 
+@pytest.mark.fault("E4")
 def test_random_edits_give_a_config_or_one_line(tmp_path: Path) -> None:
     """300 random values at random keys, through the command line and through files: a ValueError or a config, nothing else."""
     draw = random.Random(0)

@@ -163,6 +163,7 @@ def test_temperature_gradient_is_as_accurate_as_the_reference(form: str, kind: s
     assert ours.norm() <= 1.5 * theirs.norm()
 
 
+@pytest.mark.fault("F7")
 @each_form
 @pytest.mark.parametrize(("shape", "kind", "temperature"), CASES, ids=str)
 def test_fp64_is_fp64_throughout(form: str, shape: Shape, kind: str, temperature: float) -> None:
@@ -263,6 +264,7 @@ def laid_out(tensors: Sequence[Tensor], layout: str) -> list[Tensor]:
     return [q.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), k, shifted]
 
 
+@pytest.mark.fault("F7")
 @each_form
 @pytest.mark.parametrize("group_size", [cpu.GROUP_SIZE, 1], ids=str)
 @pytest.mark.parametrize("layout", ["packed", "transposed", "expanded", "every other number", "reversed and shifted"])
@@ -310,6 +312,7 @@ def test_joining_the_heads_is_a_view(form: str, group_size: int, monkeypatch: py
 # ---- autocast
 
 
+@pytest.mark.fault("F7")
 @each_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_backward_under_autocast_rounds_nothing_inside(form: str, dtype: torch.dtype) -> None:
@@ -333,6 +336,7 @@ def test_backward_under_autocast_rounds_nothing_inside(form: str, dtype: torch.d
 # ---- edges
 
 
+@pytest.mark.fault("F6")
 @each_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (0, 3, 5, 4), (2, 0, 5, 4), (0, 0, 0, 1)], ids=str)
@@ -344,6 +348,7 @@ def test_nothing_gives_nothing(form: str, dtype: torch.dtype, shape: Shape) -> N
     assert all(x.isfinite().all() for x in getattr(torch.ops.taylorvit, f"cpu_{form}")(*tensors))  # the state of no tokens is 0
 
 
+@pytest.mark.fault("F6")
 @each_form
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (2, 1, 1, 3), (1, 4, 2, 1), (3, 1, 5, 2), (2, 2, 6, 9), (1, 1, 3, 65)], ids=str
@@ -352,6 +357,7 @@ def test_smallest_sizes(form: str, shape: Shape) -> None:
     assert_equals_reference(*inputs(shape), form)
 
 
+@pytest.mark.fault("F9")
 @each_form
 @pytest.mark.parametrize("tiling", ["one piece", "everything"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
@@ -397,6 +403,7 @@ def test_not_finite_where_it_takes_part_and_only_there(
     assert not dtemperature[1].isfinite()
 
 
+@pytest.mark.fault("F9")
 @each_form
 @pytest.mark.parametrize("position", [0, 1], ids=["q", "k"])
 def test_a_length_beyond_the_range_is_nan_not_a_zero_vector(form: str, position: int) -> None:

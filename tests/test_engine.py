@@ -162,6 +162,7 @@ def test_resuming_with_another_recipe_is_refused(undisturbed: Path, digit_folder
         train(resumed(config))
 
 
+@pytest.mark.fault("F1")
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(digit_folder: Path, tmp_path: Path) -> None:
     config = tiny_config(
         digit_folder,
@@ -189,6 +190,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(digit_folder: Path, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("E4")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

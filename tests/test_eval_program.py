@@ -121,6 +121,7 @@ def test_any_step_of_a_run(run: Path, evaluate: Evaluate) -> None:
 # Overrides
 
 
+@pytest.mark.fault("C4")
 def test_another_image_size_resamples_and_says_so(run: Path, evaluate: Evaluate, capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = evaluate(run, "--model.img_size", 24)
     assert row["img_size"] == 24
@@ -245,11 +246,13 @@ def test_a_step_is_chosen_of_a_run_only(run: Path, evaluate: Evaluate) -> None:
             evaluate(path, "--step", 2)
 
 
+@pytest.mark.fault("C3")
 def test_averaged_weights_that_are_not_there(run: Path, evaluate: Evaluate) -> None:
     with pytest.raises(ValueError, match="it holds no averaged"):
         evaluate(run / "export", "--weights=both")
 
 
+@pytest.mark.fault("C7")
 def test_data_with_other_classes(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
     for number in range(10):
         folder = tmp_path / "val" / f"digit {number}"

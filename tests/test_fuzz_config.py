@@ -170,6 +170,7 @@ def test_what_loads_is_built_or_refused_in_one_line(
     record_property("configs", len(configs) - refused)
 
 
+@pytest.mark.fault("E5")
 def test_a_hostile_tag_is_refused(tmp_path: Path) -> None:
     """YAML's way to a call, where a value, an entry and a key stand; variables of the environment are not read."""
     canary = tmp_path / "canary"

@@ -58,6 +58,7 @@ def test_equals_the_definition(form: str, shape: tuple[int, int, int, int]) -> N
     torch.testing.assert_close(taylor_attention(*tensors, form=form), by_hand(*tensors), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize("shape", [(2, 3, 50, 8), (1, 2, 197, 16), (1, 3, 20, 3), (1, 1, 72, 8), (1, 1, 73, 8)], ids=str)
 def test_forms_agree_in_fp64(shape: tuple[int, int, int, int]) -> None:
     tensors = inputs(*shape)
@@ -105,6 +106,7 @@ def test_values_of_ones_give_the_output_scale(form: str) -> None:
     torch.testing.assert_close(y, torch.full_like(y, math.sqrt(12 / 4)), rtol=1e-13, atol=0)
 
 
+@pytest.mark.fault("F5")
 @each_form
 def test_no_temperature_gives_the_scaled_mean(form: str) -> None:
     q, k, v, temperature = inputs()
@@ -114,6 +116,7 @@ def test_no_temperature_gives_the_scaled_mean(form: str) -> None:
     torch.testing.assert_close(taylor_attention(q, k, v, 1e-8 * temperature, form=form), mean, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.fault("F5")
 @each_form
 def test_negative_temperature_turns_the_queries_round(form: str) -> None:
     q, k, v, temperature = inputs()
@@ -137,6 +140,7 @@ def test_short_fp32_vectors_keep_their_direction(form: str) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fault("F5")
 @each_form
 @pytest.mark.parametrize("value", [-1.0, 300.0, 1e4, 1e16], ids=str)
 def test_large_temperatures_agree_with_fp64(form: str, value: float) -> None:
@@ -146,6 +150,7 @@ def test_large_temperatures_agree_with_fp64(form: str, value: float) -> None:
     torch.testing.assert_close(taylor_attention(q, k, v, temperature, form=form).double(), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.fault("F5")
 @each_form
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30], ids=str)
 def test_temperatures_beyond_the_range_give_nan_in_their_head_only(form: str, value: float) -> None:
@@ -194,6 +199,7 @@ def test_unit_vectors_are_exact_to_rounding(form: str) -> None:
     assert error <= 4 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.fault("F6")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_many_tokens_in_half_precision(dtype: torch.dtype) -> None:
     """In half precision the original's ones column, sqrt(d / N) / N, loses its digits and then vanishes (NaN)."""
@@ -232,6 +238,7 @@ def test_fp32_temperature_with_half_precision_activations(form: str) -> None:
     assert torch.autograd.grad(y.sum(), temperature)[0].dtype == torch.float32
 
 
+@pytest.mark.fault("F7")
 @each_form
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_rounds_the_inputs_and_nothing_inside(form: str, dtype: torch.dtype) -> None:
@@ -250,6 +257,7 @@ def test_autocast_rounds_the_inputs_and_nothing_inside(form: str, dtype: torch.d
     assert double.dtype == torch.float64
 
 
+@pytest.mark.fault("F4")
 @each_form
 @each_dtype
 @pytest.mark.parametrize("which", ["q", "k", "v", "all", "one query", "one key"])
@@ -270,6 +278,7 @@ def test_zero_vectors_give_finite_results_and_bounded_gradients(form: str, dtype
         assert gradient.double().abs().max() <= 1e4 * usual
 
 
+@pytest.mark.fault("F4")
 @each_form
 def test_zero_query_attends_evenly(form: str) -> None:
     q, k, v, temperature = inputs()
@@ -289,6 +298,7 @@ def test_gradient_of_a_unit_vector_is_capped_and_otherwise_exact(length: float, 
     torch.testing.assert_close(gradient, across / max(length, GRADIENT_LENGTH))
 
 
+@pytest.mark.fault("F4")
 @each_form
 def test_equal_queries_and_keys(form: str) -> None:
     q, _, v, temperature = inputs()
@@ -296,6 +306,7 @@ def test_equal_queries_and_keys(form: str) -> None:
     torch.testing.assert_close(y, by_hand(q, q, v, temperature), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.fault("F6")
 @each_form
 @each_dtype
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (0, 3, 5, 4), (2, 0, 5, 4)], ids=str)
@@ -308,12 +319,14 @@ def test_no_tokens_give_an_empty_output(form: str, dtype: torch.dtype, shape: tu
     assert tensors[0].grad.shape == shape
 
 
+@pytest.mark.fault("F6")
 @each_form
 def test_one_token_returns_its_value_scaled(form: str) -> None:
     q, k, v, temperature = inputs(2, 3, 1, 4)
     torch.testing.assert_close(taylor_attention(q, k, v, temperature, form=form), v / 2, rtol=1e-14, atol=0)
 
 
+@pytest.mark.fault("F9")
 @each_form
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
 @pytest.mark.parametrize("position", [0, 1, 2], ids=["q", "k", "v"])
@@ -328,6 +341,7 @@ def test_nan_and_inf_are_never_hidden(form: str, bad: float, position: int) -> N
     assert y[0, 1].isfinite().all()
 
 
+@pytest.mark.fault("F9")
 @each_form
 def test_values_beyond_the_range_are_never_a_wrong_number(form: str) -> None:
     q, k, v, temperature = inputs(1, 2, 6, 4, dtype=torch.float32)
@@ -338,6 +352,7 @@ def test_values_beyond_the_range_are_never_a_wrong_number(form: str) -> None:
     assert not taylor_attention(1e30 * q, k, v, temperature, form=form).isfinite().any()  # |q|^2 overflows fp32
 
 
+@pytest.mark.fault("F9")
 @each_form
 def test_subnormal_inputs(form: str) -> None:
     q, k, v, temperature = inputs(1, 2, 6, 4, dtype=torch.float32)
@@ -355,6 +370,7 @@ def test_inputs_are_untouched(form: str) -> None:
     assert torch.equal(qkv, before)
 
 
+@pytest.mark.fault("F7")
 @each_form
 def test_strided_views_train(form: str) -> None:
     qkv = torch.randn(2, 10, 3, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -370,6 +386,7 @@ def test_strided_views_train(form: str) -> None:
     torch.testing.assert_close(gradient, torch.stack(parts).permute(1, 3, 0, 2, 4))
 
 
+@pytest.mark.fault("F7")
 @each_form
 def test_expanded_and_transposed_inputs(form: str) -> None:
     q, k, v, temperature = inputs()
@@ -426,6 +443,7 @@ Q = torch.zeros(2, 3, 5, 4)
 TAU = torch.ones(3)
 
 
+@pytest.mark.fault("F8")
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -451,6 +469,7 @@ def test_errors_quote_what_was_given(call, message: str) -> None:
         call()
 
 
+@pytest.mark.fault("F7")
 @each_form
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiles_without_graph_break(form: str, autocast: bool) -> None:

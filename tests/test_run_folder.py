@@ -91,6 +91,20 @@ def test_paths_that_are_no_folder(bad: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.fault("E6")
+@pytest.mark.parametrize("name", ["-rf", "~", "../../x", "$HOME", "*", "a b", "--help"])
+def test_a_name_is_taken_as_it_stands(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is the user's to choose, also one outside of the folder that they are in; nothing in it is expanded."""
+    here = tmp_path / "a" / "b"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with RunFolder(name).locked():
+        pass
+    made = {path.resolve() for path in tmp_path.rglob("*")} - {here, here.parent}
+    assert made == {path.resolve() for path in (here / name, here / name / ".lock", here / name / "checkpoints")}
+
+
 @pytest.mark.fault("B10")
 def test_a_file_or_a_broken_link_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

@@ -137,6 +137,7 @@ def test_group_types_survive(tmp_path: Path) -> None:
     assert isinstance(group["betas"], tuple)
 
 
+@pytest.mark.fault("F2")
 def test_scaler(tmp_path: Path) -> None:
     run = build_run()
     scaler, restored = torch.amp.GradScaler("cpu", init_scale=1 / 3 + 1000), torch.amp.GradScaler("cpu")

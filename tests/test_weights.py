@@ -148,6 +148,7 @@ def file_of(path: Path, content: Any, **keywords: Any) -> Path:
     return path
 
 
+@pytest.mark.fault("C3")
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state"])
 @pytest.mark.parametrize("new_format", [True, False])
@@ -159,6 +160,7 @@ def test_files_of_torch_save(tmp_path: Path, prefix: str, key: str | None, new_f
     assert_equal(load_weights(path)[0], model)
 
 
+@pytest.mark.fault("C3")
 def test_averaged_weights_of_a_timm_checkpoint(tmp_path: Path) -> None:
     raw, averaged = noisy(small()), noisy(small())
     path = file_of(tmp_path / "last.pth.tar", {"state_dict": raw.state_dict(), "state_dict_ema": averaged.state_dict()})
@@ -210,6 +212,7 @@ WRITERS: dict[str, Callable[[Path, Any], Any]] = {
 }
 
 
+@pytest.mark.fault("C1")
 @pytest.mark.parametrize("name", ["x.pth", "x.tar", "x.bin", "x.pt", "x.safetensors", "model", "export", "step"])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_hostile_pickles_are_refused_and_run_nothing(tmp_path: Path, name: str, writer: str) -> None:
@@ -234,24 +237,28 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path: Path, name: str, 
         assert not canary.exists()
 
 
+@pytest.mark.fault("C1")
 def test_the_canary_sings_for_a_careless_reader(tmp_path: Path) -> None:
     path = file_of(tmp_path / "x.pth", Canary(tmp_path / "canary"))
     torch.load(path, weights_only=False)
     assert (tmp_path / "canary").exists()
 
 
+@pytest.mark.fault("C1")
 def test_a_refusal_names_what_was_asked_for(tmp_path: Path) -> None:
     path = file_of(tmp_path / "x.pth", {"state_dict": {"w": torch.ones(1)}, "args": Path("/data")})
     with pytest.raises(ValueError, match=r"x\.pth: refused, it asks for pathlib"):
         load_weights(path)
 
 
+@pytest.mark.fault("C1")
 def test_nothing_stays_allowed_after_loading(tmp_path: Path) -> None:
     load_weights(file_of(tmp_path / "x.pth", {"model": {"w": torch.ones(1)}, "args": argparse.Namespace(a=1)}))
     with pytest.raises(pickle.UnpicklingError, match="argparse"):
         torch.load(tmp_path / "x.pth", weights_only=True)
 
 
+@pytest.mark.fault("C2")
 def test_zip_bombs_are_refused_before_they_unpack(tmp_path: Path) -> None:
     honest = file_of(tmp_path / "honest.pth", {"w": torch.zeros(2**20)})
     bomb = tmp_path / "bomb.pth"
@@ -290,6 +297,7 @@ USELESS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.fault("C6")
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("kind", USELESS)
 def test_useless_paths_get_one_line(tmp_path: Path, kind: str, suffix: str) -> None:
@@ -325,6 +333,8 @@ def test_timm_weights_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 # Into a model
 
 
+@pytest.mark.fault("C3")
+@pytest.mark.fault("C4")
 def test_strict_loading_names_three_tensors_and_the_count() -> None:
     with pytest.raises(ValueError, match=r"do not fit the model in \d+ tensors: .*\(1, 1, 24\).*\(1, 1, 48\)") as caught:
         load_into(small(embed_dim=48), small().state_dict())
@@ -336,6 +346,7 @@ def test_strict_loading_names_three_tensors_and_the_count() -> None:
         load_into(small(), small(attention="softmax").state_dict())
 
 
+@pytest.mark.fault("C5")
 def test_a_refused_load_leaves_the_model_alone() -> None:
     model, state = small(), noisy(small()).state_dict()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -349,6 +360,7 @@ def test_a_refused_load_leaves_the_model_alone() -> None:
     assert_equal(before, model)
 
 
+@pytest.mark.fault("C5")
 def test_other_precisions_are_converted_and_said() -> None:
     source = noisy(small())
     model = small()
@@ -363,6 +375,7 @@ def test_exact_weights_need_no_adaptation() -> None:
     assert_equal(source.state_dict(), model)
 
 
+@pytest.mark.fault("C4")
 def test_other_size_classes_and_channels_are_adapted_and_said() -> None:
     source = noisy(small())
     model = small(img_size=48, num_classes=7, in_chans=1)
@@ -408,6 +421,7 @@ def test_a_softmax_vit_becomes_the_start_of_taylorshift() -> None:
     assert torch.allclose(twin(images), source.eval()(images), atol=1e-6), "with LayerScale 1 the blocks compute what they did"
 
 
+@pytest.mark.fault("C3")
 def test_adaptation_does_not_hide_another_architecture() -> None:
     for other in ({"depth": 3}, {"embed_dim": 48}, {"patch_size": 16}, {"mlp_ratio": 2.0}):
         with pytest.raises(ValueError, match="do not fit the model"):

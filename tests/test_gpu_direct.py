@@ -45,65 +45,84 @@ def run(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to as many digits as dtype has, whatever the exponent; the gradient passes."""
-    mantissa, exponent = torch.frexp(x.detach())
+    """Round to as many digits as dtype has, whatever the exponent."""
+    mantissa, exponent = torch.frexp(x)
     step = torch.finfo(dtype).eps / 2
-    return x + (torch.ldexp((mantissa / step).round() * step, exponent) - x.detach())
+    return torch.ldexp((mantissa / step).round() * step, exponent)
 
 
-def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], list[float]]:
-    """Return the results in fp64 but for what matrix products in the dtype of q take away, and what rounding is relative to.
+FP32_EPS = torch.finfo(torch.float32).eps
 
-    Rounded are the unit vectors, the weights without their constant, the gradient of y over z, and that of the scores. The
-    gradients of q, k and temperature are small differences of larger numbers: their rounding is relative to those.
+
+def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the results in fp64 but for what matrix products in the dtype of q take away, and the size of other rounding.
+
+    Rounded are the weights without their constant, the deviations from the mean of the values, the gradient of y over z where
+    it is an operand, that of the scores, and the keys less their mean. Scores are exact, what delta is off by is corrected for.
     """
     dtype = tensors[0].dtype
-    q, k, v, temperature = leaves = [x.double().requires_grad_() for x in tensors]
-    units = [reference.unit_vectors(x) for x in (q, k)]
-    cosines = rounded(units[0], dtype) @ rounded(units[1], dtype).mT
-    cosines.register_hook(lambda dx: rounded(dx, dtype))
-    x = temperature[:, None, None] * cosines
-    p = reference.A * x.square() + reference.B * x
-    numerator, denominator = (rounded(p, dtype) + reference.C) @ v, (p + reference.C).sum(dim=-1, keepdim=True)
-    y = math.sqrt(v.shape[2] / v.shape[3]) * numerator / denominator
-    rounded_grad = rounded(grad.double() / denominator.detach(), dtype) * denominator.detach()
-    *gradients, dx, dq, dk = torch.autograd.grad(y, [*leaves, x, *units], rounded_grad)
-    lengths = [x.detach().norm(dim=-1, keepdim=True).clamp_min(reference.GRADIENT_LENGTH) for x in (q, k)]
-    along = (units[0] * (dx @ units[1])).sum(dim=-1).abs().sum(dim=(0, 2))
-    sizes = (y, dq / lengths[0], dk / lengths[1], gradients[2], torch.maximum(along, gradients[3].abs()))
-    dq_size, dk_size = 0.0, 0.0
-    if v.shape[2] == 1:  # the gradients are differences of two equal numbers, g . y and g . v, in fp32
-        size = 2**-23 / torch.finfo(dtype).eps * (grad.double() * y.detach()).sum(dim=-1).abs().max().item()
-        dq_size, dk_size = (size * x.reciprocal().max().item() for x in lengths)
-    floors = (0.0, dq_size, dk_size, 0.0, 0.0)
-    return [y.detach(), *gradients], [max(x.detach().abs().max().item(), floor) for x, floor in zip(sizes, floors)]
+    q, k, v, temperature = (x.double() for x in tensors)
+    (queries, keys), tau = [reference.unit_vectors(x) for x in (q, k)], temperature[:, None, None]
+    cosines = queries @ keys.mT
+    x = tau * cosines
+    p, slope = reference.A * x.square() + reference.B * x, 2 * reference.A * x + reference.B
+    weights, scale = p + reference.C, math.sqrt(v.shape[2] / v.shape[3])
+    z, mean = weights.sum(dim=-1, keepdim=True), v.mean(dim=2, keepdim=True)
+    y = (rounded(p, dtype) + reference.C) @ v / z
+    deviation, g = rounded(y - mean, dtype), scale * grad.double() / z
+    t = g @ (v - mean).mT - (g * deviation).sum(dim=-1, keepdim=True)
+    error = (weights * t).sum(dim=-1, keepdim=True) / z
+    centre, dx = keys.mean(dim=2, keepdim=True), (t - error) * slope
+    dq = rounded(t * slope, dtype) @ rounded(keys - centre, dtype) + dx.sum(dim=-1, keepdim=True) * centre
+    operand = rounded(g, dtype)
+    t = operand @ (v - mean).mT - (operand * deviation).sum(dim=-1, keepdim=True) - error
+    dk = rounded(t * slope, dtype).mT @ queries
+    dv = rounded(p, dtype).mT @ operand + reference.C * g.sum(dim=2, keepdim=True)
+    dtau, size = ((f(dx) * f(cosines)).sum(dim=(0, 2, 3)) for f in (lambda x: x, torch.abs))
+    lengths = [x.norm(dim=-1, keepdim=True).clamp_min(reference.GRADIENT_LENGTH) for x in (q, k)]
+    sizes = [tau * gradient / length for gradient, length in zip((dq, dk), lengths)]
+    dq, dk = (x - (x * unit).sum(dim=-1, keepdim=True) * unit for x, unit in zip(sizes, (queries, keys)))
+    # Of sums and results: the reference's error has most of it. A sum in fp32 may be off by more than in another order.
+    share = 2 * FP32_EPS if dtype == torch.float32 else torch.finfo(dtype).eps / 4
+    other = [share * x for x in (scale * y, *sizes, dv)]
+    if v.shape[2] == 1:  # the gradients are 0: g . v less delta, equal but for fp32. That of the reference may be 0 by chance
+        terms = 2 * FP32_EPS * (g * y).abs().sum(dim=-1, keepdim=True) * (tau * slope).abs()
+        other[1:3] = (terms / length for length in lengths)
+    return [scale * y, dq, dk, dv, dtau], [*other, 2 * FP32_EPS * size]
 
 
-def errors(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[list[Tensor]], list[float]]:
-    """Return what each result is off by (ours, the reference's, that of rounded operands) and what rounding is relative to."""
+def errors(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return what each result is off by (ours, the reference's, that of rounded operands) and the size of other rounding."""
     exact = in_fp64(tensors, grad)
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
     y = reference.direct(*leaves)
     theirs = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
-    model, units = with_rounded_operands(tensors, grad)
+    model, other = with_rounded_operands(tensors, grad)
     ours = run(tensors, grad)
     assert [x.dtype for x in ours] == [x.dtype for x in theirs]
-    return [[x.double() - truth for x in results] for *results, truth in zip(ours, theirs, model, exact)], units
+    return [[x.double() - truth for x in results] for *results, truth in zip(ours, theirs, model, exact)], other
 
 
 def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
-    """Check error <= 2 (error of the reference + what rounded operands cost) + rounding of the result.
+    """Check error <= 2 (error of the reference + what rounded operands cost) + other rounding: see `with_rounded_operands`.
 
-    In the mean square and, twice as much, anywhere. fp32 operands are not rounded: that costs nothing then. The gradient of the
-    temperature is one number a head, of which chance decides: it may be off by more, and has a test of its own.
+    In the mean square and, twice as much, anywhere. The gradient of the temperature is one number a head, of which chance
+    decides: it may be off by more, and has a test of its own.
     """
-    eps = torch.finfo(tensors[0].dtype).eps
-    for name, off, unit in zip(RESULTS, *errors(tensors, grad)):
+    for name, off, other in zip(RESULTS, *errors(tensors, grad)):
         chance = 5 if name == "dtemperature" else 1
-        for norm, factor in ((lambda x: x.square().mean().sqrt().item(), 1), (lambda x: x.abs().max().item(), 2)):
+        for norm, factor in ((rms, 1), (greatest, 2)):
             error, *allowed = (norm(x) for x in off)
-            budget = chance * factor * (2 * sum(allowed) + unit * eps + 1e-14)
+            budget = chance * factor * (2 * sum(allowed) + norm(other) + 1e-14)
             assert error <= budget, f"{name}: {error:.2e}, budget {budget:.2e}, reference and operands {allowed}"
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def greatest(x: Tensor) -> float:
+    return x.abs().max().item()
 
 
 CASES: list[tuple[Shape, str, float]] = [
@@ -139,8 +158,36 @@ def test_error_budget(shape: Shape, kind: str, temperature: float, dtype: torch.
 @pytest.mark.parametrize(("kind", "temperature"), [("normal", 3), ("large mean", 0.01), ("clustered keys", 10)])
 def test_temperature_gradient_is_as_accurate_as_it_can_be(dtype: torch.dtype, kind: str, temperature: float) -> None:
     """The mean over many heads tells, where chance decides about a single one."""
-    (*_, (ours, theirs, modelled)), _ = errors(*inputs((1, 10, 33, 16), dtype, kind, temperature))
-    assert ours.norm() <= 2 * (theirs.norm() + modelled.norm())
+    (*_, (ours, theirs, _)), _ = errors(*inputs((1, 10, 33, 16), dtype, kind, temperature))
+    assert ours.norm() <= 2 * theirs.norm()
+
+
+def clusters(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Draw tokens that lie near one vector or its opposite: queries, with gradients of y whose sum is 0, or keys."""
+    (q, k, v, temperature), grad = inputs((1, 2, 65, 32), torch.float64, temperature=8)
+    near, far = q[:, :, :1], k[:, :, :1]
+    if kind == "queries":
+        q, grad = near + 0.01 * q, grad - grad.mean(dim=2, keepdim=True)
+    else:
+        k = far * (1 - 2 * (torch.arange(65) % 2))[:, None] + 0.01 * k
+    return [*(x.to(dtype) for x in (q, k, v)), temperature.float()], grad.to(dtype)
+
+
+# Error of 16 bits over that of the reference in the same dtype, in the mean square, where it is above 2.2: the deviation of y
+# from the mean of the values is small against what is rounded; even powers cancel between the two clusters; what all queries
+# have in common cancels out of dk and dv.
+EXCEPTIONS = {("large mean", "dq"): 18, ("opposite keys", "dq"): 6.5, ("queries", "dk"): 150, ("queries", "dv"): 200}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "clustered keys", "large mean", "zero vectors", "opposite keys", "queries"])
+def test_sixteen_bits_are_as_accurate_as_the_reference(kind: str, dtype: torch.dtype) -> None:
+    """At tau = 8, where the keys of the clusters weigh all of a row."""
+    is_clustered = kind in ("opposite keys", "queries")
+    tensors, grad = clusters(kind, dtype) if is_clustered else inputs((1, 2, 65, 32), dtype, kind, temperature=8)
+    for name, (ours, theirs, _) in zip(RESULTS, errors(tensors, grad)[0]):
+        allowed = EXCEPTIONS.get((kind, name), 2.2)
+        assert rms(ours) <= allowed * rms(theirs), f"{name}: {rms(ours) / rms(theirs):.2f} times, {allowed} allowed"
 
 
 @each_variant

@@ -67,7 +67,7 @@ TABLE: dict[tuple[str, int, int], Launch] = {
     ("backward_queries", 16, 32): _blocks(4, 2, M=64, N=32),
     ("backward_queries", 32, 32): _blocks(4, 2, M=64, N=16),
     ("backward_queries", 64, 32): _blocks(4, 2, M=16, N=16),
-    ("backward_queries", 128, 32): _blocks(4, 1, M=16, N=16),
+    ("backward_queries", 128, 32): _blocks(8, 1, M=16, N=32),
     ("backward_keys", 16, 16): _blocks(4, 2, M=32, N=128),
     ("backward_keys", 32, 16): _blocks(8, 2, M=64, N=128),
     ("backward_keys", 64, 16): _blocks(8, 2, M=64, N=128),

@@ -59,22 +59,24 @@ def exact_and_plain(tensors: list[Tensor], form: str) -> tuple[list[Tensor], lis
     return attend([x.double() for x in tensors], form, "reference"), attend(tensors, form, "reference")
 
 
-def assert_near(found: list[Tensor], exact: list[Tensor], plain: list[Tensor]) -> None:
+def assert_near(found: list[Tensor], exact: list[Tensor], plain: list[Tensor], form: str) -> None:
     """Check error <= 2 error of the reference + rounding, relative to the tensor's largest number.
 
-    In 16 bits the products' operands are rounded as well, which the reference does not do; the gradients of q, k and above all
-    of the temperature are differences of larger numbers (with one token, of two equal ones). test_gpu_direct and
-    test_gpu_efficient hold them to a model of that rounding.
+    In 16 bits operands of products are rounded, which the reference does not do. In the direct form those of the scores are
+    not, and the gradient of the temperature is a sum of fp32 numbers. In the efficient form unit vectors and features are, and
+    the gradients of q, k and above all of the temperature are differences of larger numbers. test_gpu_direct and
+    test_gpu_efficient hold them to a model of that rounding, also for inputs that make it large.
     """
     num_tokens, dtype = found[0].shape[2], found[0].dtype
     largest = max(float(x.abs().max()) for x in exact)
-    units = {"y": 1, "dq": 4, "dk": 4, "dv": 2, "dtemperature": 8} if dtype != torch.float32 else {}
+    units = {"efficient": {"dq": 4, "dk": 4, "dv": 2, "dtemperature": 8}, "direct": {"dtemperature": 0}}
+    allowed = units[form] if dtype != torch.float32 else {}
     for name, ours, theirs, truth in zip(("y", "dq", "dk", "dv", "dtemperature"), found, plain, exact, strict=True):
         assert ours.isfinite().all(), name
         scale = max(float(truth.abs().max()), max(1e-3, 0.1 / num_tokens) * largest)
         error, own = (float((x.double() - truth).abs().max()) / scale for x in (ours, theirs))
         sums = torch.finfo(torch.float32).eps * (128 + 8 * math.sqrt(num_tokens))
-        assert error <= 2 * own + units.get(name, 1) * torch.finfo(dtype).eps + sums, (
+        assert error <= 2 * own + allowed.get(name, 1) * torch.finfo(dtype).eps + sums, (
             f"{name}: {error:.2e}, reference {own:.2e}"
         )
 
@@ -86,7 +88,7 @@ def assert_near(found: list[Tensor], exact: list[Tensor], plain: list[Tensor]) -
 def test_results_stay_within_the_rounding_of_the_inputs(form: str, dtype: torch.dtype, head_dim: int, num_tokens: int) -> None:
     """Every width of the launch tables, both ways of the direct forward pass, ragged ends; the reference is without TF32."""
     tensors = inputs(num_tokens, head_dim, dtype)
-    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "direct"))
+    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "direct"), form)
 
 
 @each_form
@@ -94,7 +96,7 @@ def test_results_stay_within_the_rounding_of_the_inputs(form: str, dtype: torch.
 @pytest.mark.parametrize(("num_tokens", "head_dim"), [(4097, 64), (16385, 32), (16385, 16)])
 def test_long_sequences(form: str, dtype: torch.dtype, num_tokens: int, head_dim: int) -> None:
     tensors = inputs(num_tokens, head_dim, dtype, batch=1, heads=2)
-    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "efficient"))
+    assert_near(attend(tensors, form, "triton"), *exact_and_plain(tensors, "efficient"), form)
 
 
 @each_form

@@ -46,7 +46,7 @@ TABLE: dict[tuple[str, int, int], Launch] = {
     ("forward_short", 128, 32): _blocks(4, 2, M=16, N=16),
     ("forward", 16, 16): _blocks(4, 3, M=128, N=64),
     ("forward", 32, 16): _blocks(4, 3, M=128, N=64),
-    ("forward", 64, 16): _blocks(4, 3, M=128, N=32),
+    ("forward", 64, 16): _blocks(8, 2, M=128, N=128),
     ("forward", 128, 16): _blocks(4, 2, M=64, N=64),
     ("forward", 16, 32): _blocks(4, 2, M=64, N=32),
     ("forward", 32, 32): _blocks(4, 2, M=64, N=32),

@@ -28,6 +28,8 @@ from taylorvit.randomness import numpy_generator
 from taylorvit.run_folder import RunFolder
 from taylorvit.studies.fault_runs import parts, seconds_until_gone
 
+SLACK_SECONDS = 10  # of a busy machine, where the end of an interpreter with PyTorch in it takes that long, and unloaded one
+
 
 def start(config: Config, *extra: str, processes: int = 1) -> subprocess.Popen[str]:
     return launch("train.py", [*as_arguments(config), *extra], processes=processes)
@@ -346,15 +348,23 @@ def test_when_one_process_ends_the_others_name_it_and_end_too(
 
 @pytest.mark.fault("A11")
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_after_the_timeout(faulty: Path, digit_folder: Path, tmp_path: Path) -> None:
-    config = tiny_config(digit_folder, tmp_path / "run", timeout_seconds=30)
-    process = start_faulty(faulty, "hang", config, environment={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"})
+def test_a_process_that_hangs_ends_the_run_after_the_timeout(
+    faulty: Path, digit_folder: Path, tmp_path: Path, record_property: Any
+) -> None:
+    """torchrun gives those left 30 s after the first has left, whatever TORCH_ELASTIC_SHUTDOWN_TIMEOUT says."""
+    config = tiny_config(digit_folder, tmp_path / "run", timeout_seconds=20)
+    process = start_faulty(faulty, "hang", config)
     wait_for(process, lambda: max(losses(tmp_path / "run"), default=0) >= 3)
-    started = time.monotonic()
-    output, _ = process.communicate(timeout=120)
-    assert time.monotonic() - started < 60, "the timeout, 2 s of the launcher, and a busy machine"
+    tree, started, gone = parts(process, processes=2), time.monotonic(), list[float]()
+    psutil.wait_procs(tree["ranks"], timeout=90, callback=lambda _: gone.append(time.monotonic() - started))
+    output, _ = process.communicate(timeout=30)
+    assert len(gone) == 2
+    assert gone[0] < 20 + 10 + SLACK_SECONDS
+    assert gone[1] - gone[0] < 30 + SLACK_SECONDS
+    assert seconds_until_gone(tree["all"], limit=SLACK_SECONDS) is not None
     (line,) = error_lines(output)
     assert line.startswith("error: lost process 1 (update 4); process 0 waited in update 4, computing: Timed out")
+    record_property("seconds beyond the timeout", round(gone[0] - 20))
 
 
 @pytest.mark.fault("A13")

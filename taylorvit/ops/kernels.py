@@ -7,8 +7,7 @@ The kernels divide the polynomial by s^2, s = max(|tau|, 1), which the quotient 
 
     w(tau x) / s^2 = a u^2 + (b / s) u + c / s^2,     u = (tau / s) x in [-1, 1],     x = cos(q_i, k_j)
 
-so that weights and sums stay in the range of fp16. Only the direct form has tau in an operand, tau q^: in fp16 it gives NaN for
-|tau| above 65504.
+so that weights and sums stay in the range of fp16. The temperature itself multiplies fp32 numbers only.
 """
 
 from __future__ import annotations

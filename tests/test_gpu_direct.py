@@ -88,6 +88,7 @@ def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list
     if v.shape[2] == 1:  # the gradients are 0: g . v less delta, equal but for fp32. That of the reference may be 0 by chance
         terms = 2 * FP32_EPS * (g * y).abs().sum(dim=-1, keepdim=True) * (tau * slope).abs()
         other[1:3] = (terms / length for length in lengths)
+        size = (g * y).abs().sum(dim=-1).sum(dim=(0, 2))
     return [scale * y, dq, dk, dv, dtau], [*other, 2 * FP32_EPS * size]
 
 
@@ -106,11 +107,11 @@ def errors(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[list[Tensor]],
 def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
     """Check error <= 2 (error of the reference + what rounded operands cost) + other rounding: see `with_rounded_operands`.
 
-    In the mean square and, twice as much, anywhere. The gradient of the temperature is one number a head, of which chance
-    decides: it may be off by more, and has a test of its own.
+    In the mean square and, twice as much, anywhere. Where there are few numbers chance decides: twice as much for one or two
+    tokens, and more for the gradient of the temperature, one number a head, which has a test of its own.
     """
     for name, off, other in zip(RESULTS, *errors(tensors, grad)):
-        chance = 5 if name == "dtemperature" else 1
+        chance = 5 if name == "dtemperature" else 2 if grad.shape[2] <= 2 else 1
         for norm, factor in ((rms, 1), (greatest, 2)):
             error, *allowed = (norm(x) for x in off)
             budget = chance * factor * (2 * sum(allowed) + norm(other) + 1e-14)

@@ -31,6 +31,7 @@ from taylorvit.data.images import ImageDataset, StorageError
 from taylorvit.data.loader import Loader, explain_failure, explained_loader_failures
 from taylorvit.engine import train
 from taylorvit.run_folder import RunFolder
+from taylorvit.signals import SIGNALS
 
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
 RAMP = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
@@ -497,6 +498,12 @@ def test_a_dead_worker_whose_report_was_lost_is_noticed_long_before_the_timeout(
     finally:
         signal.signal(signal.SIGCHLD, previous)
     assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_ends_a_run_is_for_the_training_process_alone(number: signal.Signals) -> None:
+    """Launchers and terminals send it to the workers too, which the last update needs."""
+    assert [batch.tolist() for batch in three_loader(kill(number))] == [[0, 1, 2]]
 
 
 def test_a_loader_waits_longer_than_it_polls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,7 @@ def test_a_launcher_that_takes_no_notes_is_gone_and_disturbs_nothing(
 
 @pytest.mark.fault("A1")
 def test_a_process_whose_launcher_died_while_it_started_leaves_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its store is not there; the run's timeout would be half an hour."""
+    """Its store is not there, and is not waited for as long as the run's timeout."""
     monkeypatch.setattr(distributed, "STORE_SECONDS", 1)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens there
@@ -255,4 +255,4 @@ def test_a_process_whose_launcher_died_while_it_started_leaves_soon(monkeypatch:
         for name, value in (values | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(LostProcessError, match=r"^lost the launcher at 127\.0\.0\.1, port \d+: .*refused"):
-            build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=1800)
+            build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=20)

@@ -279,14 +279,14 @@ ALL_SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
 
 @pytest.mark.fault("A4")
 @pytest.mark.fault("A5")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number", "target"),
     [
-        pytest.param(launcher, number, target, marks=[] if is_quick else pytest.mark.slow)
+        (launcher, number, target)
         for launcher in ("torchrun", "accelerate")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         for target in ("launcher", "ranks", "all")
-        for is_quick in [(launcher, number, target) == ("accelerate", signal.SIGUSR1, "all")]
     ],
 )
 def test_a_signal_to_any_part_saves_and_leaves_nobody_behind(

@@ -4,6 +4,7 @@
     status.json        how the run stands, and why it ended  metrics.jsonl    one JSON object a line, each with its "update"
     checkpoints/       see `taylorvit.checkpoint`          export/            the model for timm, see `taylorvit.export`
     tensorboard/       event files                         .lock              held by the process that owns the run
+    bad_samples.txt    what could not be read, see `taylorvit.bad_samples`
     STOP               made by a person who wants the run to save and leave
 
 Small files are replaced atomically: a reader sees the old or the new content, never a part.

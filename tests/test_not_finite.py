@@ -70,7 +70,7 @@ def test_one_process_without_a_number_stops_all_before_the_update(value: str, di
         assert part in line
     assert [f"process {rank}:" in output and output.count("untouched: True") for rank in (0, 1)] == [2, 2]
     assert "untouched: False" not in output
-    assert output.count("exitcode  : 5") == 2
+    assert "exitcode  : 5" in output  # of the first to leave; torchrun may end the other before it has
     status = RunFolder(run_dir).read_status()
     assert (status["state"], status["update"]) == ("failed", 3)
     assert "NonFiniteError: loss" in status["message"]

@@ -20,7 +20,7 @@ def test_curves_hold_every_record_and_the_picture_is_written(tmp_path: Path) -> 
     run.path.mkdir()
     for update in (1, 2, 3):
         run.append_metrics({"kind": "train", "update": update, "loss": float("nan") if update == 2 else 1 / update, "lr": 0.1})
-    run.append_metrics({"kind": "evaluate", "update": 3, "top1": 50.0})
+    run.append_metrics({"kind": "evaluate", "update": 3, "epoch": 1, "top1": 50.0})
     updates, values = read_curve(run.read_metrics(), "train", "loss")
     assert updates == [1, 2, 3]
     assert (values[0], values[2]) == (1.0, 1 / 3)

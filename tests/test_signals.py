@@ -119,10 +119,12 @@ def test_handlers_come_back_after_an_error(stop_file: Path) -> None:
 
 
 def test_ctrl_c_is_a_keyboard_interrupt_again_afterwards(stop_file: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it starts with &
     with StopRequest(stop_file):
         pass
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.fault("A9")

@@ -1,9 +1,13 @@
-"""What tests of whole runs share: a small image folder, a small config with everything switched on, and launching processes."""
+"""What tests share: a small image folder, a small config with everything switched on, launching processes, hostile pickles."""
 
 from __future__ import annotations
 
+import io
+import os
+import pickle
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from taylorvit.cli import run_program
 from taylorvit.config import Config
 from taylorvit.config_loading import config_from_dict, config_to_dict, flatten
 from taylorvit.run_folder import RunFolder
-from taylorvit.studies.fault_runs import differences, start_run
+from taylorvit.studies.fault_runs import SMALL_RUN, differences, start_run
 from taylorvit.studies.fault_runs import history as history
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,37 +45,20 @@ def tiny_config(data_root: Path, run_dir: Path, **changes: Any) -> Config:
 
     96 images at 16 an update are 6 updates an epoch. `changes` are dotted keys with `__` for the dot.
     """
-    settings: dict[str, Any] = {
-        "run_dir": str(run_dir),
-        "device": "cpu",
-        "timeout_seconds": 60,
-        "model.num_classes": 10,
-        "model.img_size": 16,
-        "model.patch_size": 4,
-        "model.embed_dim": 32,
-        "model.depth": 2,
-        "model.num_heads": 2,
-        "model.drop_path_rate": 0.3,
-        "data.root": str(data_root),
-        "data.num_workers": 2,
-        "augment.three_augment": False,
-        "augment.auto_augment": "rand-m5-mstd0.5-inc1",
-        "augment.random_erasing": 0.3,
-        "augment.mixup_alpha": 0.8,
-        "augment.cutmix_alpha": 1.0,
-        "schedule.epochs": 3,
-        "schedule.warmup_epochs": 1.0,
-        "train.global_batch_size": 16,
-        "train.micro_batch_size": 4,
-        "train.mixed_precision": "no",
-        "train.ema_decay": 0.9,
-        "evaluate.batch_size": 16,
-        "checkpoint.every_updates": 2,
-        "checkpoint.keep_last": 50,
-        "log.every_updates": 1,
-        "log.tensorboard": False,
-        "log.image_grid": 0,
-    } | {key.replace("__", "."): value for key, value in changes.items()}
+    settings = (
+        SMALL_RUN
+        | {
+            "run_dir": str(run_dir),
+            "data.root": str(data_root),
+            "schedule.epochs": 3,
+            "train.global_batch_size": 16,
+            "train.micro_batch_size": 4,
+            "evaluate.batch_size": 16,
+            "checkpoint.every_updates": 2,
+            "checkpoint.keep_last": 50,
+        }
+        | {key.replace("__", "."): value for key, value in changes.items()}
+    )
     values = config_to_dict(Config())
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
@@ -116,3 +103,23 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, main: Callable[[], int], *argument
     with pytest.raises(SystemExit) as ended:
         run_program(main)
     return int(ended.value.code)
+
+
+class Canary:
+    """Unpickling this makes a folder, unless the reader refuses."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def write_legacy_tar(path: Path, content: Any) -> None:
+    """Write a tar as torch.save of old did, with the content as each of its pickles."""
+    with tarfile.open(path, "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            data = pickle.dumps(content)
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import as_arguments, finish, launch, tiny_config
+from helpers import Canary, as_arguments, finish, launch, tiny_config, write_legacy_tar
 
 from taylorvit.checkpoint import _manifest, list_checkpoints, read_meta
 from taylorvit.config import Config, ModelConfig
@@ -31,25 +31,6 @@ from taylorvit.session import Session, build_session
 from taylorvit.training_state import CheckpointError, encode
 from taylorvit.weights import load_weights
 from tools import convert_checkpoint, export_checkpoint
-
-
-class Canary:
-    """Unpickling this makes a folder, unless the reader refuses."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-def write_legacy_tar(path: Path, content: Any) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            data = pickle.dumps(content)
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
 
 
 def write_script_archive(path: Path, content: Any) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import pickle
-import tarfile
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from helpers import Canary, write_legacy_tar
 from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -176,25 +175,6 @@ def test_safetensors(tmp_path: Path) -> None:
     assert source.kind == "safetensors"
 
 
-class Canary:
-    """Unpickling this makes a folder, unless the reader refuses."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-def legacy_tar(path: Path, content: Any) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            data = pickle.dumps(content)
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-
-
 def renamed_archive(path: Path, content: Any) -> None:
     """Write a zip as torch.save does, without going through torch."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -207,7 +187,7 @@ WRITERS: dict[str, Callable[[Path, Any], Any]] = {
     "legacy": lambda path, content: torch.save(content, path, _use_new_zipfile_serialization=False),
     "plain pickle": lambda path, content: path.write_bytes(pickle.dumps(content)),
     "old pickle": lambda path, content: path.write_bytes(pickle.dumps(content, protocol=0)),
-    "tar": legacy_tar,
+    "tar": write_legacy_tar,
     "hand-made zip": renamed_archive,
 }
 

@@ -23,6 +23,7 @@ from taylorvit.checkpoint import CheckpointError, find_newest_valid, list_checkp
 from taylorvit.run_folder import RunFolder
 from taylorvit.studies.fault_runs import (
     ROOT,
+    SMALL_RUN,
     differences,
     history,
     kill,
@@ -39,36 +40,15 @@ PATIENCE_SECONDS = 300.0  # for the moment to kill, and for a run to finish
 MOMENTS = ("checkpoint", "checkpoint", "update", "start")  # half of the kills are aimed at a checkpoint
 VICTIMS = {1: ("all", "rank", "worker"), 2: ("all", "rank", "launcher", "worker")}
 
-SETTINGS = {
-    "device": "cpu",
-    "timeout_seconds": 60,
-    "model.num_classes": 10,
-    "model.img_size": 16,
-    "model.patch_size": 4,
-    "model.embed_dim": 32,
-    "model.depth": 2,
-    "model.num_heads": 2,
-    "model.drop_path_rate": 0.3,
+SETTINGS = SMALL_RUN | {
     "data.dataset": "digits",
     "data.train_split": "train[:20%]",
-    "data.num_workers": 2,
-    "augment.three_augment": "false",
-    "augment.auto_augment": "rand-m5-mstd0.5-inc1",
-    "augment.random_erasing": 0.3,
-    "augment.mixup_alpha": 0.8,
-    "augment.cutmix_alpha": 1.0,
     "schedule.epochs": 20,
-    "schedule.warmup_epochs": 1,
     "train.global_batch_size": 32,
     "train.micro_batch_size": 8,
-    "train.mixed_precision": "no",
-    "train.ema_decay": 0.9,
     "evaluate.every_epochs": 5,
     "checkpoint.every_updates": SAVE_EVERY,
     "checkpoint.keep_last": 3,
-    "log.every_updates": 1,
-    "log.tensorboard": "false",
-    "log.image_grid": 0,
 }
 
 

@@ -25,6 +25,31 @@ LAUNCHERS = {
 }
 TIMED = {"images_per_second", "data_wait_share", "peak_memory_bytes", "mfu", "seconds"}  # differ between equal runs
 
+# A model that trains in seconds with workers, augmentation, mixing, drop path, LAMB and averaged weights on.
+SMALL_RUN: dict[str, Any] = {
+    "device": "cpu",
+    "timeout_seconds": 60,
+    "model.num_classes": 10,
+    "model.img_size": 16,
+    "model.patch_size": 4,
+    "model.embed_dim": 32,
+    "model.depth": 2,
+    "model.num_heads": 2,
+    "model.drop_path_rate": 0.3,
+    "data.num_workers": 2,
+    "augment.three_augment": False,
+    "augment.auto_augment": "rand-m5-mstd0.5-inc1",
+    "augment.random_erasing": 0.3,
+    "augment.mixup_alpha": 0.8,
+    "augment.cutmix_alpha": 1.0,
+    "schedule.warmup_epochs": 1.0,
+    "train.mixed_precision": "no",
+    "train.ema_decay": 0.9,
+    "log.every_updates": 1,
+    "log.tensorboard": False,
+    "log.image_grid": 0,
+}
+
 
 def start_run(
     program: Path | str,

@@ -17,7 +17,7 @@ from kernel_checks import DEVICE, DTYPES, each_dtype, needs_kernels, replace_blo
 from test_cpu_ops import RESULTS, Shape, in_fp64, inputs, laid_out, rounding_units
 from torch import Tensor
 
-from taylorvit.ops import gpu_efficient, reference
+from taylorvit.ops import gpu_efficient, kernels, reference
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
@@ -124,8 +124,8 @@ def test_every_entry_of_the_launch_table(width: int, dtype: torch.dtype) -> None
 
 def test_launch_table_is_complete() -> None:
     names = {"moments", "state", "reduce", "expand", "apply", "apply_backward"}
-    assert set(gpu_efficient.TABLE) == set(itertools.product(names, gpu_efficient.WIDTHS, (16, 32)))
-    for width, bits in itertools.product(gpu_efficient.WIDTHS, (16, 32)):
+    assert set(gpu_efficient.TABLE) == set(itertools.product(names, kernels.WIDTHS, (16, 32)))
+    for width, bits in itertools.product(kernels.WIDTHS, (16, 32)):
         blocks = [gpu_efficient.TABLE[name, width, bits].blocks["BLOCK_N"] for name in ("moments", "state")]
         assert max(blocks) % min(blocks) == 0
 

@@ -78,6 +78,7 @@ def efficient(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor) -> Tensor:
     return _efficient(q, k, v, temperature, wants_gradient(q, k, v, temperature))[0]
 
 
+@functools.cache
 def _kernels(form: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.gpu_{form}")
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from . import kernels, kernels_direct
-from .kernels import Launch
+from .kernels import Launch, cdiv
 from .operators import empty_like_tokens
 
 Arguments = tuple[Tensor | int | float, ...]
@@ -171,7 +170,7 @@ def _prepare_backward(grad: Tensor, q: Tensor, k: Tensor, temperature: Tensor, *
 def _grid(q: Tensor, launch: Launch, block: str) -> tuple[int, int]:
     """One program a head and block of tokens. Heads go first: programs that run at a time then read different keys."""
     batch, num_heads, num_tokens, _ = q.shape
-    return batch * num_heads, triton.cdiv(num_tokens, launch.blocks[block])
+    return batch * num_heads, cdiv(num_tokens, launch.blocks[block])
 
 
 def _sizes(q: Tensor) -> dict[str, int]:

@@ -6,15 +6,13 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import kernels, kernels_efficient
-from .kernels import Launch
+from .kernels import Launch, cdiv
 from .operators import empty_like_tokens
 
 TILE, FEATURES = 16, 256  # columns of a tile, products of a pair of tiles
-WIDTHS = (16, 32, 64, 128)  # the head dimension padded to a power of two
 
 MIN_PROGRAMS = 264  # two for each of 132 multiprocessors
 MIN_SPLIT_TOKENS = 512
@@ -29,7 +27,7 @@ def _table() -> dict[tuple[str, int, int], Launch]:
     Chosen by registers, spills and instructions of the compiled code for compute capabilities 8.0 and 9.0; not yet measured.
     """
     table = {}
-    for width in WIDTHS:
+    for width in kernels.WIDTHS:
         wide, warps = width == 128, 8 if width >= 64 else 4
         tokens = {16: 64, 32: 64, 64: 32, 128: 16}[width]
         table["moments", width, 16] = Launch({"BLOCK_N": tokens, "ROWS": min(width, 64)}, warps, 2)
@@ -113,7 +111,7 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     heads, width, sizes = batch * num_heads, kernels.padded_width(x.shape[-1]), _sizes(x)
     launch, state_launch = _launch("moments", x), _launch("state", x)
     block = max(launch.blocks["BLOCK_N"], state_launch.blocks["BLOCK_N"])
-    padded_tokens = triton.cdiv(num_tokens, block) * block
+    padded_tokens = cdiv(num_tokens, block) * block
     splits, split_tokens = _splits(num_tokens, heads, block, MAX_MOMENT_SPLITS)
     sums = x.new_empty(heads, splits, 2 * width + 3, width, dtype=torch.float32)
     units = x.new_empty(heads, sizes["TILES"] * TILE, padded_tokens)
@@ -166,7 +164,7 @@ def _apply(
     launch = _launch("apply", x)
     kernels.launch(
         kernels_efficient.apply,
-        (batch * num_heads * triton.cdiv(num_tokens, launch.blocks["BLOCK_M"]),),
+        (batch * num_heads * cdiv(num_tokens, launch.blocks["BLOCK_M"]),),
         *(x, state, means, temperature, y, deviations, row_means, x.stride(), y.stride(), num_heads, num_tokens),
         math.sqrt(num_tokens / head_dim),
         config=launch,
@@ -195,7 +193,7 @@ def _apply_backward(
     expand = _launch("expand", x)
     kernels.launch(kernels_efficient.expand, (heads * tiles**2,), state, expanded, config=expand, WIDTH=width, TILES=tiles)
     launch = _launch("apply_backward", x)
-    blocks = triton.cdiv(num_tokens, launch.blocks["BLOCK_M"])
+    blocks = cdiv(num_tokens, launch.blocks["BLOCK_M"])
     dtemperature = x.new_empty(batch, num_heads, blocks, dtype=torch.float32)
     kernels.launch(
         kernels_efficient.apply_backward,
@@ -212,9 +210,9 @@ def _apply_backward(
 
 def _splits(num_tokens: int, programs: int, block: int, most: int = 2**30) -> tuple[int, int]:
     """Return into how many parts the tokens are cut, and the tokens of one, so that there are MIN_PROGRAMS where N allows."""
-    wanted = min(triton.cdiv(MIN_PROGRAMS, programs), triton.cdiv(num_tokens, MIN_SPLIT_TOKENS), most)
-    split_tokens = triton.cdiv(triton.cdiv(num_tokens, wanted), block) * block
-    return triton.cdiv(num_tokens, split_tokens), split_tokens
+    wanted = min(cdiv(MIN_PROGRAMS, programs), cdiv(num_tokens, MIN_SPLIT_TOKENS), most)
+    split_tokens = cdiv(cdiv(num_tokens, wanted), block) * block
+    return cdiv(num_tokens, split_tokens), split_tokens
 
 
 def _launch(kernel: str, x: Tensor) -> Launch:
@@ -227,13 +225,13 @@ def _sizes(x: Tensor) -> Sizes:
     return {
         "HEAD_DIM": x.shape[-1],
         "WIDTH": kernels.padded_width(x.shape[-1]),
-        "TILES": triton.cdiv(x.shape[-1], TILE),
+        "TILES": cdiv(x.shape[-1], TILE),
         "PRECISION": precision,
     }
 
 
 def _pairs(x: Tensor) -> int:
-    tiles = triton.cdiv(x.shape[-1], TILE)
+    tiles = cdiv(x.shape[-1], TILE)
     return tiles * (tiles + 1) // 2
 
 

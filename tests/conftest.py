@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,42 @@ settings.load_profile("repeatable")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the JUnit report say which rows of the fault matrix a test stands for; `tools/fault_drill.py` counts them."""
     for item in items:
-        item.user_properties += [("fault", row) for mark in item.iter_markers("fault") for row in mark.args]
+        item.user_properties += [("fault", row) for row in fault_rows(item)]
+
+
+def fault_rows(item: pytest.Item) -> list[str]:
+    """Return the rows of the fault matrix that a test stands for."""
+    return [row for mark in item.iter_markers("fault") for row in mark.args]
+
+
+@pytest.fixture(autouse=True)
+def figures(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
+    """Count what a test of a fault does, for `tools/fault_drill.py`, which sums it by row.
+
+    Tests add to `faults injected`, `inputs tried`, `bytes corrupted` and figures of their own; one that ends in `, most` is a
+    maximum. `messages given` counts by itself the errors and warnings that a test catches; in the rows of weights, data,
+    settings and numbers (C to F) every message stands for an input, and every test for one at least.
+    """
+    counted: Counter[str] = Counter()
+    rows = fault_rows(request.node)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("raises", "warns") if rows else ():
+            patch.setattr(pytest, name, counting(getattr(pytest, name), counted))
+        yield counted
+    if any(row[0] in "CDEF" for row in rows):
+        counted["inputs tried"] = max(counted["inputs tried"], counted["messages given"], 1)
+    if rows:
+        request.node.user_properties += counted.items()
+
+
+def counting(catch: Callable[..., Any], counted: Counter[str]) -> Callable[..., Any]:
+    """Return `pytest.raises` or `pytest.warns` such that its calls are counted: where one catches nothing, the test fails."""
+
+    def counted_catch(*arguments: Any, **keywords: Any) -> Any:
+        counted["messages given"] += 1
+        return catch(*arguments, **keywords)
+
+    return counted_catch
 
 
 @pytest.fixture(scope="session")

@@ -8,14 +8,16 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sklearn.datasets import load_digits
 
-from taylorvit.checkpoint import load_checkpoint
+from taylorvit.checkpoint import find_newest_valid, load_checkpoint
 from taylorvit.cli import run_program
 from taylorvit.config import Config
 from taylorvit.config_loading import config_from_dict, config_to_dict, flatten
@@ -89,6 +91,13 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["update"]: record["loss"] for record in RunFolder(run_dir).read_metrics() if record["kind"] == "train"}
 
 
+def count_updates_lost(run_dir: Path, figures: Counter[str]) -> None:
+    """Count how many updates a run that was ended had done since its newest whole checkpoint; the most so far is kept."""
+    newest = find_newest_valid(run_dir / "checkpoints")
+    kept = int(newest.name.removeprefix("step-")) if newest else 0
+    figures["updates lost, most"] = max(figures["updates lost, most"], max(losses(run_dir), default=0) - kept)
+
+
 def assert_same_state(first: Path, second: Path) -> None:
     """Compare two checkpoints bit for bit: weights, averaged weights, every optimizer tensor, counters and loss sums."""
     names = load_checkpoint(first).tensors.keys()
@@ -103,6 +112,14 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, main: Callable[[], int], *argument
     with pytest.raises(SystemExit) as ended:
         run_program(main)
     return int(ended.value.code)
+
+
+def damage(file: Path, content: bytes, figures: Counter[str]) -> None:
+    """Write other content into a file, and count the fault and the bytes that differ, lost and added ones among them."""
+    before = file.read_bytes()
+    file.write_bytes(content)
+    figures["faults injected"] += 1
+    figures["bytes corrupted"] += sum(old != new for old, new in zip_longest(before, content))
 
 
 class Canary:

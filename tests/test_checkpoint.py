@@ -15,6 +15,7 @@ import signal
 import stat
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from helpers import damage
 
 from taylorvit import checkpoint
 from taylorvit.checkpoint import (
@@ -148,30 +150,35 @@ def test_nothing_saved_yet(tmp_path: Path) -> None:
 
 # Damage
 
-DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "last byte": lambda file: file.write_bytes(file.read_bytes()[:-1]),
-    "emptied": lambda file: file.write_bytes(b""),
-    "one bit": lambda file: flip_bit(file, 8 * (file.stat().st_size * 2 // 3) + 3),
+CHANGED: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[: len(content) // 2],
+    "last byte": lambda content: content[:-1],
+    "emptied": lambda content: b"",
+    "one bit": lambda content: flipped(content, 8 * (len(content) * 2 // 3) + 3),
+    "longer": lambda content: content + b" ",
+}
+REPLACED: dict[str, Callable[[Path], Any]] = {
     "missing": lambda file: file.unlink(),
-    "longer": lambda file: file.write_bytes(file.read_bytes() + b" "),
     "a folder": lambda file: (file.unlink(), file.mkdir()),
 }
 
 
-def flip_bit(file: Path, position: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[position // 8] ^= 1 << (position % 8)
-    file.write_bytes(content)
+def flipped(content: bytes, position: int) -> bytes:
+    """Return the bytes with one bit the other way round."""
+    byte = position // 8
+    return content[:byte] + bytes([content[byte] ^ 1 << position % 8]) + content[byte + 1 :]
 
 
 @pytest.mark.fault("B3")
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_costs_one_warning_and_one_step(tmp_path: Path, name: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", [*CHANGED, *REPLACED])
+def test_damage_costs_one_warning_and_one_step(tmp_path: Path, name: str, kind: str, figures: Counter[str]) -> None:
     save(tmp_path, 4)
-    newest = save(tmp_path, 8)
-    DAMAGE[kind](newest / name)
+    file = save(tmp_path, 8) / name
+    if kind in CHANGED:
+        damage(file, CHANGED[kind](file.read_bytes()), figures)
+    else:
+        REPLACED[kind](file)
     if (name, kind) == ("manifest.json", "longer"):
         assert_valid(find_newest(tmp_path), 8)  # a blank behind JSON changes nothing
         return
@@ -194,9 +201,9 @@ def test_damage_costs_one_warning_and_one_step(tmp_path: Path, name: str, kind: 
     ("text", "reason"),
     [("{}", "not a checkpoint's manifest"), ("[1]", "not a checkpoint's manifest"), ("x", "not valid JSON")],
 )
-def test_manifest_that_is_something_else(tmp_path: Path, text: str, reason: str) -> None:
+def test_manifest_that_is_something_else(tmp_path: Path, text: str, reason: str, figures: Counter[str]) -> None:
     path = save(tmp_path, 8)
-    (path / "manifest.json").write_text(text)
+    damage(path / "manifest.json", text.encode(), figures)
     with pytest.raises(CheckpointError, match=reason):
         verify_checkpoint(path)
 
@@ -210,7 +217,8 @@ def test_a_newer_format_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("B3")
-def test_extra_file_and_renamed_step_are_noticed(tmp_path: Path) -> None:
+def test_extra_file_and_renamed_step_are_noticed(tmp_path: Path, figures: Counter[str]) -> None:
+    figures["faults injected"] = 2
     path = save(tmp_path, 8)
     (path / "custom_checkpoint_0.pkl").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"custom_checkpoint_0\.pkl"):
@@ -223,11 +231,11 @@ def test_extra_file_and_renamed_step_are_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.fault("B3")
 @pytest.mark.parametrize("name", FILES)
-def test_single_flipped_bits_are_noticed(tmp_path: Path, name: str) -> None:
+def test_single_flipped_bits_are_noticed(tmp_path: Path, name: str, figures: Counter[str]) -> None:
     path = save_checkpoint(tmp_path, 3, {"w": torch.arange(3.0)}, {"a": 0.5})
     original = (path / name).read_bytes()
     for position in range(0, 8 * len(original), 5):  # every bit of a byte gets its turn
-        flip_bit(path / name, position)
+        damage(path / name, flipped(original, position), figures)
         with pytest.raises(CheckpointError):
             verify_checkpoint(path)
         (path / name).write_bytes(original)
@@ -235,7 +243,8 @@ def test_single_flipped_bits_are_noticed(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.fault("B4")
-def test_all_damaged_is_an_error_now_and_next_time(tmp_path: Path) -> None:
+def test_all_damaged_is_an_error_now_and_next_time(tmp_path: Path, figures: Counter[str]) -> None:
+    figures["faults injected"] = 2
     for step in (4, 8):
         (save(tmp_path, step) / "meta.json").unlink()
     with (
@@ -268,13 +277,14 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("B1")
-def test_disk_full_names_path_reason_and_last_good(tmp_path: Path) -> None:
+def test_disk_full_names_path_reason_and_last_good(tmp_path: Path, figures: Counter[str]) -> None:
     save(tmp_path, 4)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         for limit in (0, 100, 1000, 10000):  # within meta, tensors
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+            figures["faults injected"] += 1
             with pytest.raises(CheckpointError) as caught:
                 save(tmp_path, 8, padding="x" * 500)
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -406,7 +416,9 @@ def processes() -> Any:
 
 @pytest.mark.fault("A2")
 @pytest.mark.parametrize("existing", [(2, 4), (2, 4, 8)], ids=["new step", "same step again"])
-def test_every_place_to_die_inside_a_save_leaves_a_valid_newest(tmp_path: Path, processes: Any, existing: tuple) -> None:
+def test_every_place_to_die_inside_a_save_leaves_a_valid_newest(
+    tmp_path: Path, processes: Any, existing: tuple, figures: Counter[str]
+) -> None:
     died, before = 0, tmp_path / "before"
     for step in existing:
         save(before, step)
@@ -427,13 +439,14 @@ def test_every_place_to_die_inside_a_save_leaves_a_valid_newest(tmp_path: Path, 
         shutil.rmtree(folder)
         if process.exitcode == 0:
             break
+    figures["faults injected"] = died
     assert died >= 14
     assert process.exitcode == 0
 
 
 @pytest.mark.fault("A1")
 @pytest.mark.fault("A2")
-def test_random_kills_never_cost_a_reported_checkpoint(tmp_path: Path, processes: Any) -> None:
+def test_random_kills_never_cost_a_reported_checkpoint(tmp_path: Path, processes: Any, figures: Counter[str]) -> None:
     folder, log = tmp_path / "checkpoints", tmp_path / "log"
     moments, first, torn = random.Random(0), 1, 0
     for _ in range(15):
@@ -455,6 +468,8 @@ def test_random_kills_never_cost_a_reported_checkpoint(tmp_path: Path, processes
         assert newest is not None
         step = int(newest.name.removeprefix("step-"))
         assert reported <= step <= reported + 1
+        figures["faults injected"] += 1
+        figures["updates lost, most"] = max(figures["updates lost, most"], reported - step)
         assert_valid(newest, step)
         first = step + 1
     assert torn >= 3, "the kills must hit saves for this test to mean something"

@@ -11,13 +11,24 @@ import shutil
 import signal
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import as_arguments, assert_same_state, finish, history, launch, tiny_config, write_digit_folder
+from helpers import (
+    as_arguments,
+    assert_same_state,
+    count_updates_lost,
+    damage,
+    finish,
+    history,
+    launch,
+    tiny_config,
+    write_digit_folder,
+)
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -75,9 +86,10 @@ DAMAGED = {
 
 
 @pytest.mark.fault("D1")
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_what_is_no_whole_image_is_named_and_skipped_only_on_request(tmp_path: Path, damage: str) -> None:
-    write_class_folder(tmp_path, {"0.jpg": jpeg(), "1.jpg": DAMAGED[damage](), "2.jpg": jpeg()})
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_what_is_no_whole_image_is_named_and_skipped_only_on_request(tmp_path: Path, kind: str, figures: Counter[str]) -> None:
+    write_class_folder(tmp_path, {f"{number}.jpg": jpeg() for number in range(3)})
+    damage(tmp_path / "train/cat/1.jpg", DAMAGED[kind](), figures)
     with pytest.raises(ImageError, match=r"cannot read image .*cat/1\.jpg: .+") as caught:
         open_folder(tmp_path)[1]
     assert not isinstance(caught.value, StorageError)
@@ -185,7 +197,7 @@ def peak_bytes() -> int:
 @pytest.mark.fault("D5")
 @pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize("side", [12_000, 20_000])
-def test_a_bomb_takes_no_memory(tmp_path: Path, side: int, num_workers: int, record_property: Callable) -> None:
+def test_a_bomb_takes_no_memory(tmp_path: Path, side: int, num_workers: int, figures: Counter[str]) -> None:
     write_class_folder(tmp_path, {"0.png": png_header_bomb(side)})
     write_class_folder(tmp_path, {"0.png": jpeg()}, split="warm")
     context = multiprocessing.get_context("fork")
@@ -194,9 +206,10 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, side: int, num_workers: int, rec
     process.start()
     batches, message, rise = answer.get(timeout=60)
     process.join(30)
-    record_property("bomb_peak_rise_bytes", rise)
+    figures["bytes of memory for a bomb, most"] = rise
     assert batches == 0
     assert "cat/0.png" in message
+    figures["messages given"] += 1
     assert rise < 100e6
 
 
@@ -296,13 +309,15 @@ def test_storage_errors_are_tried_again_and_never_skipped(
     assert loader.unreadable == {}
 
 
-def spoil(root: Path, *names: str) -> list[Path]:
-    """Damage the images with these numbers and return their paths."""
+CUT_BYTES = 30
+
+
+def spoil(root: Path, *names: str) -> None:
+    """Cut the images with these numbers."""
     paths = [path for name in names for path in root.glob(f"*/*/{name}.png")]
     assert len(paths) == len(names)
     for path in paths:
-        path.write_bytes(path.read_bytes()[:-30])
-    return paths
+        path.write_bytes(path.read_bytes()[:-CUT_BYTES])
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +351,9 @@ def spoilt_run(spoilt_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.fault("D1")
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_skipping_is_bit_identical_without_workers_and_across_a_resume(
-    spoilt_folder: Path, spoilt_run: Path, tmp_path: Path
+    spoilt_folder: Path, spoilt_run: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
+    figures.update({"inputs tried": 3, "bytes corrupted": 3 * CUT_BYTES})
     assert sorted(listed(spoilt_run)) == [("train", "0010"), ("train", "0033"), ("val", "0110")]
     evaluations = [record for record in history(spoilt_run) if record["kind"] == "evaluate"]
     assert [(record["samples"], record["unreadable"]) for record in evaluations] == [(40, 1)] * 2
@@ -354,7 +370,9 @@ def test_skipping_is_bit_identical_without_workers_and_across_a_resume(
 
 
 @pytest.mark.fault("D1")
-def test_two_processes_list_each_image_once_and_agree_to_stop(spoilt_folder: Path, tmp_path: Path) -> None:
+def test_two_processes_list_each_image_once_and_agree_to_stop(
+    spoilt_folder: Path, tmp_path: Path, figures: Counter[str]
+) -> None:
     run_dir = tmp_path / "run"
     finish(launch("train.py", as_arguments(skipping_config(spoilt_folder, run_dir)), processes=2))
     assert sorted(listed(run_dir)) == [("train", "0010"), ("train", "0033"), ("val", "0110")]
@@ -362,22 +380,22 @@ def test_two_processes_list_each_image_once_and_agree_to_stop(spoilt_folder: Pat
     output = finish(launch("train.py", as_arguments(strict), processes=2), code=1)
     errors = [line for line in output.splitlines() if line.startswith("error")]
     assert errors
+    figures["messages given"] += 1
     assert all("2 of 96 train samples cannot be read; data.max_bad_share 0.0001 allows 1; " in line for line in errors)
     assert RunFolder(tmp_path / "strict").read_status()["state"] == "failed"
-    assert [name for split, name in listed(tmp_path / "strict") if split == "train"] == ["0010", "0033"] or len(
-        [name for split, name in listed(tmp_path / "strict") if split == "train"]
-    ) == 2
+    assert sorted(name for split, name in listed(tmp_path / "strict") if split == "train") == ["0010", "0033"]
 
 
 @pytest.mark.slow
 @pytest.mark.fault("D1")
-def test_an_evaluation_says_of_how_many_images_it_is(spoilt_run: Path, tmp_path: Path) -> None:
+def test_an_evaluation_says_of_how_many_images_it_is(spoilt_run: Path, tmp_path: Path, figures: Counter[str]) -> None:
     output = finish(launch("eval.py", [str(spoilt_run), "--step=newest", f"--json={tmp_path / 'x.json'}"]))
     assert "judged 40 of 41 images: 1 of 41 images cannot be read, such as: cannot read image" in output
     output = finish(launch("eval.py", [str(spoilt_run), "--step=newest", "--data.on_error=stop"]), code=2)
     assert [line for line in output.splitlines() if line.startswith("error: cannot read image") and "0110.png" in line]
     output = finish(launch("eval.py", [str(spoilt_run), "--step=newest", "--data.max_bad_share=0"]), code=2)
     assert "data.max_bad_share 0 allows 0" in output
+    figures["messages given"] += 3
 
 
 def test_how_many_may_be_left_out() -> None:
@@ -518,7 +536,9 @@ def test_other_errors_are_left_as_they_are() -> None:
 
 
 @pytest.mark.fault("A12")
-def test_a_killed_worker_fails_the_run_in_one_line_and_the_resume_is_exact(digit_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_fails_the_run_in_one_line_and_the_resume_is_exact(
+    digit_folder: Path, tmp_path: Path, figures: Counter[str]
+) -> None:
     config = tiny_config(digit_folder, tmp_path / "run", schedule__epochs=2)
     program = (
         "import os, sys\n"
@@ -541,6 +561,8 @@ def test_a_killed_worker_fails_the_run_in_one_line_and_the_resume_is_exact(digit
     assert len(errors) == 1
     assert "was killed by the signal Killed: most often the memory ran out" in errors[0]
     assert "Traceback" not in output
+    count_updates_lost(tmp_path / "run", figures)
+    figures["messages given"] += 1
     status = RunFolder(tmp_path / "run").read_status()
     assert status["state"] == "failed"
     assert "loader worker" in status["message"]
@@ -555,7 +577,7 @@ def test_a_killed_worker_fails_the_run_in_one_line_and_the_resume_is_exact(digit
 @pytest.mark.fault("D8")
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_folder_that_vanishes_ends_the_run_and_the_resume_is_exact_once_it_is_back(
-    digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Counter[str]
 ) -> None:
     shutil.copytree(digit_folder, tmp_path / "data")
     changes = {"schedule__epochs": 2, "data__num_workers": 0, "data__io_retries": 0}
@@ -574,6 +596,7 @@ def test_a_folder_that_vanishes_ends_the_run_and_the_resume_is_exact_once_it_is_
         with pytest.raises(StorageError, match="No such file or directory"):
             train(config)
     assert RunFolder(tmp_path / "run").read_status()["state"] == "failed"
+    count_updates_lost(tmp_path / "run", figures)
     (tmp_path / "away").rename(tmp_path / "data")
     train(replace(config, resume="auto"))
     assert history(tmp_path / "run") == history(tmp_path / "undisturbed")

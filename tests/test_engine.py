@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import assert_same_state, history, losses, tiny_config
+from helpers import assert_same_state, count_updates_lost, history, losses, tiny_config
 
 from taylorvit import engine
 from taylorvit.checkpoint import list_checkpoints, read_meta
@@ -90,7 +91,7 @@ def test_a_stopped_run_continues_bit_for_bit(
 
 @pytest.mark.fault("A1")
 def test_a_crash_costs_only_the_updates_since_the_last_checkpoint(
-    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Counter[str]
 ) -> None:
     config = tiny_config(digit_folder, tmp_path / "run")
     done = iter(range(1, 10**6))
@@ -106,6 +107,7 @@ def test_a_crash_costs_only_the_updates_since_the_last_checkpoint(
         train(config)
     assert RunFolder(tmp_path / "run").read_status()["state"] == "failed"
     assert read_meta(last_checkpoint(tmp_path / "run"))["progress"]["update"] == 8
+    count_updates_lost(tmp_path / "run", figures)
     monkeypatch.setattr(engine, "run_update", original)
     assert train(resumed(config)) == 0
     assert history(tmp_path / "run") == history(undisturbed)
@@ -300,7 +302,7 @@ def test_the_best_epoch_is_kept_whenever_it_comes(digit_folder: Path, tmp_path: 
 
 @pytest.mark.fault("A1")
 def test_a_kill_during_an_evaluation_costs_no_update(
-    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Path, digit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Counter[str]
 ) -> None:
     config = tiny_config(digit_folder, tmp_path / "run", checkpoint__every_updates=None)
     original = engine.evaluate_epoch
@@ -312,6 +314,7 @@ def test_a_kill_during_an_evaluation_costs_no_update(
     with pytest.raises(KeyboardInterrupt):
         train(config)
     assert read_meta(last_checkpoint(tmp_path / "run"))["progress"]["update"] == 6
+    count_updates_lost(tmp_path / "run", figures)
     monkeypatch.setattr(engine, "evaluate_epoch", original)
     assert train(resumed(config)) == 0
     assert history(tmp_path / "run") == history(undisturbed)

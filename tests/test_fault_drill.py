@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,21 @@ import pytest
 
 from taylorvit.studies import fault_drill
 from taylorvit.studies.fault_drill import Case, DrillError, _check_resumed, read_records, run_drill
-from taylorvit.studies.fault_drill_report import Results, count_rows, markdown, read_results
+from taylorvit.studies.fault_drill_report import Results, markdown, read_results, read_tests, row_table
 from taylorvit.studies.fault_runs import seconds_until_gone, start_run
 
 XML = """<testsuites><testsuite>
-<testcase name="a"><properties><property name="fault" value="A10"/><property name="seconds" value="4"/></properties></testcase>
-<testcase name="b"><properties><property name="fault" value="A10"/><property name="fault" value="A2"/>
-<property name="seconds" value="5"/></properties></testcase>
-<testcase name="c"><properties><property name="fault" value="A2"/></properties><failure message="x"/></testcase>
-<testcase name="d"><properties><property name="fault" value="B1"/></properties><skipped/></testcase>
-<testcase name="e"/>
+<testcase classname="x" name="a"><properties><property name="fault" value="A10"/><property name="updates lost, most" value="4"/>
+<property name="faults injected" value="15"/></properties></testcase>
+<testcase classname="x" name="b"><properties><property name="fault" value="A10"/><property name="fault" value="A2"/>
+<property name="updates lost, most" value="2"/><property name="bytes corrupted" value="1000"/></properties></testcase>
+<testcase classname="x" name="c"><properties><property name="fault" value="A2"/><property name="messages given" value="2"/>
+<property name="bytes corrupted" value="234"/></properties><failure message="x&#10;y"/></testcase>
+<testcase classname="x" name="d"><properties><property name="fault" value="B1"/></properties>
+<skipped message="not root"/></testcase>
+<testcase classname="x" name="f"><properties><property name="fault" value="C1"/><property name="inputs tried" value="3"/>
+<property name="updates lost, most" value="0"/><property name="seconds, most" value="9"/></properties></testcase>
+<testcase classname="x" name="e"/>
 </testsuite></testsuites>"""
 
 
@@ -29,17 +35,26 @@ def kill_record(**changes: Any) -> dict[str, Any]:
     return plain | changes
 
 
-def test_fault_tests_are_counted_by_row_in_order() -> None:
-    rows = count_rows(XML)
-    assert [(name, row.tests, row.passed) for name, row in rows.items()] == [("A2", 2, 1), ("A10", 2, 2), ("B1", 1, 0)]
-    assert rows["A10"].figures == {"seconds": 9}
-    assert not Results([], [], rows).passed
+def test_fault_tests_are_counted_by_row_in_order_and_once_in_all() -> None:
+    tests = read_tests(XML)
+    assert [row.split("|")[1:-1] for row in row_table(tests).replace(" ", "").splitlines()[2:]] == [
+        ["A2", "2", "1", "2", "1", "2", "1,234", "", "2", ""],
+        ["A10", "2", "2", "16", "16", "4", "1,000", "", "", ""],
+        ["B1", "1", "0", "1", "0", "", "", "", "", ""],
+        ["C1", "1", "1", "3", "3", "0", "", "3", "", "seconds,most:9"],
+        ["all", "5", "3", "21", "19", "4", "1,234", "3", "2", "seconds,most:9"],
+    ]
+    assert not Results([], [], tests).passed
+    assert Results([], [], [tests[0]]).passed
+    text = markdown(Results([], [], tests))
+    assert "- x::c: failure: x\n" in text
+    assert "- x::d: skipped: not root\n" in text
 
 
 def test_the_report_adds_up() -> None:
     kills = [kill_record(), kill_record(case="2-0", victim="rank", lost=3, inside_save=True, seconds=4.0)]
     cases = [{"case": "1-0", "processes": 1, "different": [], "damaged": 0}]
-    results = Results(kills, cases, {})
+    results = Results(kills, cases, [])
     assert results.passed
     text = markdown(results)
     assert "| updates lost, most | 2 | 3 | 3 |" in text
@@ -47,8 +62,8 @@ def test_the_report_adds_up() -> None:
     assert "| that cut a checkpoint being written | 0 | 1 | 1 |" in text
     assert "| rank | 1 | 3.00 | 3 | 4.0 |" in text
     for bad in ({"damaged": 1}, {"seconds": None}):
-        assert not Results([kill_record(**bad)], cases, {}).passed
-    assert not Results(kills, [cases[0] | {"different": ["model.weight"]}], {}).passed
+        assert not Results([kill_record(**bad)], cases, []).passed
+    assert not Results(kills, [cases[0] | {"different": ["model.weight"]}], []).passed
 
 
 def test_a_start_that_does_not_go_on_where_it_should_is_noticed(tmp_path: Path) -> None:
@@ -79,7 +94,7 @@ def test_what_is_left_of_a_run_is_found_and_ended(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_drill_kills_compares_and_continues(
-    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Any
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures: Counter[str]
 ) -> None:
     monkeypatch.setattr(fault_drill, "KILLS_PER_CASE", 2)
     monkeypatch.setitem(fault_drill.SETTINGS, "schedule.epochs", 6)
@@ -90,6 +105,7 @@ def test_a_drill_kills_compares_and_continues(
     assert results.passed
     assert len(results.kills) >= 3
     assert len(results.cases) >= 2
-    assert max(kill["lost"] for kill in results.kills) <= fault_drill.SAVE_EVERY
+    figures["updates lost, most"] = max(kill["lost"] for kill in results.kills)
+    assert figures["updates lost, most"] <= fault_drill.SAVE_EVERY
     assert len(read_records(tmp_path / "kills.jsonl")) == len(results.kills)
-    record_property("kills", len(results.kills))
+    figures["faults injected"] = len(results.kills)

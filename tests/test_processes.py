@@ -12,13 +12,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from helpers import ROOT, as_arguments, assert_same_state, finish, history, launch, losses, tiny_config
+from helpers import (
+    ROOT,
+    as_arguments,
+    assert_same_state,
+    count_updates_lost,
+    finish,
+    history,
+    launch,
+    losses,
+    tiny_config,
+)
 
 from taylorvit.checkpoint import list_checkpoints, load_checkpoint, verify_checkpoint
 from taylorvit.config import Config
@@ -116,11 +127,12 @@ def two_process_run(digit_folder: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.fault("A1")
 @pytest.mark.fault("A2")
 def test_killed_in_an_epoch_and_in_a_checkpoint_two_processes_continue_bit_for_bit(
-    two_process_run: Path, digit_folder: Path, tmp_path: Path
+    two_process_run: Path, digit_folder: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
     run_dir = tmp_path / "run"
     config = tiny_config(digit_folder, run_dir)
     kill_when(start(config, processes=2), lambda: run_dir.exists() and max(losses(run_dir), default=0) >= 3)
+    count_updates_lost(run_dir, figures)
     before = list_checkpoints(run_dir / "checkpoints")
 
     def is_saving() -> bool:
@@ -128,6 +140,8 @@ def test_killed_in_an_epoch_and_in_a_checkpoint_two_processes_continue_bit_for_b
         return newer and any((run_dir / "checkpoints").glob(".tmp-step-*"))
 
     kill_when(start(config, "--resume=auto", "--checkpoint.every_updates=1", processes=2), is_saving)
+    count_updates_lost(run_dir, figures)
+    figures["faults injected"] = 2
     output = finish(start(config, "--resume=auto", processes=2))
     assert "resumed" in output
     assert world_size(run_dir) == 2
@@ -186,7 +200,7 @@ def test_sigterm_to_one_process_saves_and_ends_both(digit_folder: Path, tmp_path
 @pytest.mark.fault("A8")
 @pytest.mark.fault("A14")
 def test_a_second_start_is_refused_and_ctrl_c_saves_and_leaves_with_the_shell_s_code(
-    digit_folder: Path, tmp_path: Path
+    digit_folder: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
     """The signal reaches the loader's workers too, as it does in a terminal."""
     run_dir = tmp_path / "run"
@@ -200,6 +214,8 @@ def test_a_second_start_is_refused_and_ctrl_c_saves_and_leaves_with_the_shell_s_
     os.killpg(process.pid, signal.SIGINT)
     output = finish(process, code=128 + signal.SIGINT, timeout=60)
     assert "stopped by SIGINT after update" in output
+    count_updates_lost(run_dir, figures)
+    figures["messages given"] += 2
     assert RunFolder(run_dir).read_status()["state"] == "preempted"
 
 
@@ -251,7 +267,7 @@ def test_the_quick_start_reaches_95_per_cent(processes: int, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ten_kills_at_random_moments_end_where_an_undisturbed_run_ends(
-    processes: int, digit_folder: Path, tmp_path: Path
+    processes: int, digit_folder: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
     chance = random.Random(processes)
     undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
@@ -267,6 +283,8 @@ def test_ten_kills_at_random_moments_end_where_an_undisturbed_run_ends(
         target = max(losses(run_dir), default=0) + chance.randint(1, 8)
         kill_when(process, functools.partial(is_due, target, time.monotonic() + chance.uniform(0.0, 8.0)))
         kills.append(max(losses(run_dir)))
+        count_updates_lost(run_dir, figures)
+    figures["faults injected"] = len(kills)
     finish(start(tiny_config(digit_folder, run_dir, **changes), "--resume=auto", processes=processes))
     print(f"{processes} process(es), killed after updates {kills}")
     assert world_size(run_dir) == processes
@@ -290,7 +308,7 @@ ALL_SIGNALS = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
     ],
 )
 def test_a_signal_to_any_part_saves_and_leaves_nobody_behind(
-    launcher: str, number: signal.Signals, target: str, digit_folder: Path, tmp_path: Path, record_property: Any
+    launcher: str, number: signal.Signals, target: str, digit_folder: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
     """`ranks` is one of them; `all` has the loader workers too."""
     run_dir = tmp_path / "run"
@@ -308,7 +326,7 @@ def test_a_signal_to_any_part_saves_and_leaves_nobody_behind(
     assert (status["state"], world_size(run_dir)) == ("preempted", 2)
     assert list_checkpoints(run_dir / "checkpoints")[-1].name == f"step-{status['update']:08d}"
     assert status["update"] == trained
-    record_property("updates lost", trained - status["update"])
+    figures["updates lost, most"] = trained - status["update"]
 
 
 @pytest.mark.fault("A5")
@@ -329,7 +347,7 @@ def test_without_the_variable_a_launcher_that_dies_of_a_signal_leaves_no_orphan(
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "raise", "exit3", "exit0"])
 def test_when_one_process_ends_the_others_name_it_and_end_too(
-    how: str, faulty: Path, digit_folder: Path, tmp_path: Path, record_property: Any
+    how: str, faulty: Path, digit_folder: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
     process = start_faulty(faulty, how, tiny_config(digit_folder, tmp_path / "run"))
     wait_for(process, lambda: max(losses(tmp_path / "run"), default=0) >= 3)
@@ -343,13 +361,14 @@ def test_when_one_process_ends_the_others_name_it_and_end_too(
     status = RunFolder(tmp_path / "run").read_status()
     assert (status["state"], status["update"]) == ("failed", 3)
     assert "process 1" in status["message"]
-    record_property("seconds", round(seconds))
+    figures["seconds until gone, most"] = round(seconds)
+    figures["messages given"] += 1
 
 
 @pytest.mark.fault("A11")
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_after_the_timeout(
-    faulty: Path, digit_folder: Path, tmp_path: Path, record_property: Any
+    faulty: Path, digit_folder: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
     """torchrun gives those left 30 s after the first has left, whatever TORCH_ELASTIC_SHUTDOWN_TIMEOUT says."""
     config = tiny_config(digit_folder, tmp_path / "run", timeout_seconds=20)
@@ -364,16 +383,20 @@ def test_a_process_that_hangs_ends_the_run_after_the_timeout(
     assert seconds_until_gone(tree["all"], limit=SLACK_SECONDS) is not None
     (line,) = error_lines(output)
     assert line.startswith("error: lost process 1 (update 4); process 0 waited in update 4, computing: Timed out")
-    record_property("seconds beyond the timeout", round(gone[0] - 20))
+    figures["seconds beyond the timeout, most"] = round(gone[0] - 20)
+    figures["messages given"] += 1
 
 
 @pytest.mark.fault("A13")
 @pytest.mark.fault("B1")
 @pytest.mark.slow
-def test_a_save_that_fails_ends_every_process_with_one_line(faulty: Path, digit_folder: Path, tmp_path: Path) -> None:
+def test_a_save_that_fails_ends_every_process_with_one_line(
+    faulty: Path, digit_folder: Path, tmp_path: Path, figures: Counter[str]
+) -> None:
     process = start_faulty(faulty, "full", tiny_config(digit_folder, tmp_path / "run"))
     output = finish(process, code=1)
     (line,) = error_lines(output)
+    figures["messages given"] += 1
     assert "cannot write the checkpoint" in line
     assert "No space left on device" in line
     assert RunFolder(tmp_path / "run").read_status()["state"] == "failed"
@@ -434,7 +457,7 @@ def test_a_launcher_that_restarts_continues_bit_for_bit(
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
 def test_a_run_goes_on_with_another_number_of_processes(
-    first: int, second: int, digit_folder: Path, tmp_path: Path, record_property: Any
+    first: int, second: int, digit_folder: Path, tmp_path: Path, figures: Counter[str]
 ) -> None:
     """Sums round differently, and that is all: the weights after 12 more updates differ by at most 1e-5."""
     undisturbed, moved = tmp_path / "undisturbed", tmp_path / "moved"
@@ -446,7 +469,7 @@ def test_a_run_goes_on_with_another_number_of_processes(
     left, right = (load_checkpoint(list_checkpoints(path / "checkpoints")[-1]).tensors for path in (undisturbed, moved))
     largest = max((left[name] - right[name]).abs().max().item() for name in left if name.startswith("model."))
     assert 0 < largest <= 1e-5
-    record_property("1e-9 of largest difference", round(largest * 1e9))
+    figures["largest difference of weights in 1e-9, most"] = round(largest * 1e9)
 
 
 @pytest.mark.fault("A5")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,58 +13,101 @@ from taylorvit.run_folder import replace_file
 from taylorvit.studies.fault_drill import read_records
 from taylorvit.studies.results import markdown_table
 
+# Columns of the table of fault tests; whatever else the tests recorded stands in its last one.
+FIGURES = ("updates lost, most", "bytes corrupted", "inputs tried", "messages given")
 
-@dataclass
-class RowCount:
-    """The tests of one row of the fault matrix: how many, how many passed, and the sums of the figures they recorded."""
 
-    tests: int = 0
-    passed: int = 0
-    figures: Counter[str] = field(default_factory=Counter)
+@dataclass(frozen=True)
+class FaultTest:
+    """A test that injects faults.
+
+    Args:
+        name: file and test.
+        rows: of the fault matrix that it stands for.
+        missed: why it did not pass, failure or skip, in one line; empty if it passed.
+        figures: what it counted.
+    """
+
+    name: str
+    rows: tuple[str, ...]
+    missed: str
+    figures: dict[str, int]
+
+    @property
+    def faults(self) -> int:
+        """How many faults it injects, of which a bad input is one: those that it counted, or one."""
+        return max(self.figures.get("faults injected", 0), self.figures.get("inputs tried", 0), 1)
 
 
 @dataclass(frozen=True)
 class Results:
-    """A drill's records, and the fault tests by row, empty where they were not run."""
+    """A drill's records, and the fault tests, none where they were not run."""
 
     kills: list[dict[str, Any]]
     cases: list[dict[str, Any]]
-    rows: dict[str, RowCount]
+    tests: list[FaultTest]
 
     @property
     def passed(self) -> bool:
         """Whether every end is the undisturbed one, nothing is damaged or left over, and every fault test passed."""
         ends = all(not case["different"] and not case["damaged"] for case in self.cases)
         clean = all(not kill["damaged"] and kill["seconds"] is not None for kill in self.kills)
-        return ends and clean and all(row.tests == row.passed for row in self.rows.values())
+        return ends and clean and not any(test.missed for test in self.tests)
 
 
 def read_results(out: Path) -> Results:
     """Read a drill's folder."""
     report = out / "fault_tests.xml"
-    rows = count_rows(report.read_text(encoding="utf-8")) if report.exists() else {}
-    return Results(read_records(out / "kills.jsonl"), read_records(out / "cases.jsonl"), rows)
+    tests = read_tests(report.read_text(encoding="utf-8")) if report.exists() else []
+    return Results(read_records(out / "kills.jsonl"), read_records(out / "cases.jsonl"), tests)
 
 
-def count_rows(xml: str) -> dict[str, RowCount]:
-    """Count the tests of a JUnit XML by the rows that their `fault` properties name; a skipped test counts as not passed."""
-    rows: dict[str, RowCount] = {}
-    for test in ElementTree.fromstring(xml).iter("testcase"):
-        properties = [(item.get("name", ""), item.get("value", "")) for item in test.iter("property")]
-        failed = any(test.find(kind) is not None for kind in ("failure", "error", "skipped"))
-        for row in (rows.setdefault(value, RowCount()) for name, value in properties if name == "fault"):
-            row.tests += 1
-            row.passed += not failed
-            row.figures.update({name: int(float(value)) for name, value in properties if name != "fault" and _is_number(value)})
-    return dict(sorted(rows.items(), key=lambda item: (item[0][0], int(item[0][1:]) if item[0][1:].isdigit() else 0)))
+def read_tests(xml: str) -> list[FaultTest]:
+    """Return the tests of a JUnit XML that have `fault` properties, with what they counted."""
+    tests = []
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        properties = [(item.get("name", ""), item.get("value", "")) for item in case.iter("property")]
+        rows = tuple(value for name, value in properties if name == "fault")
+        if rows:
+            marks = [mark for kind in ("failure", "error", "skipped") for mark in case.iter(kind)]
+            missed = "; ".join(f"{mark.tag}: {mark.get('message', '')}".splitlines()[0] for mark in marks)
+            figures = {name: int(value) for name, value in properties if name != "fault"}
+            tests.append(FaultTest(f"{case.get('classname')}::{case.get('name')}", rows, missed, figures))
+    return tests
+
+
+def count_rows(tests: Sequence[FaultTest]) -> dict[str, dict[str, int]]:
+    """Add up the tests of every row, in order, and of `all`; a figure that ends in `, most` is a maximum.
+
+    A test that stands for several rows counts in each of them, and once in `all`.
+    """
+    names = sorted({row for test in tests for row in test.rows}, key=lambda row: (row[0], int(row[1:])))
+    return {row: _add_up([test for test in tests if row in test.rows]) for row in names} | {"all": _add_up(tests)}
+
+
+def _add_up(tests: Sequence[FaultTest]) -> dict[str, int]:
+    passed = [test for test in tests if not test.missed]
+    total = {
+        "tests": len(tests),
+        "passed": len(passed),
+        "faults injected": sum(test.faults for test in tests),
+        "survived": sum(test.faults for test in passed),
+    }
+    for name in sorted({name for test in tests for name in test.figures} - total.keys()):
+        values = [test.figures[name] for test in tests if name in test.figures]
+        total[name] = max(values) if name.endswith(", most") else sum(values)
+    return total
 
 
 def write_files(results: Results, header: Mapping[str, Any], out: Path) -> str:
     """Write fault_drill.json and fault_drill.md into the folder and return the latter's text."""
-    rows = {
-        name: {"tests": row.tests, "passed": row.passed, "figures": dict(row.figures)} for name, row in results.rows.items()
+    content = {
+        **header,
+        "kills": results.kills,
+        "cases": results.cases,
+        "rows": count_rows(results.tests),
+        "tests": [asdict(test) for test in results.tests],
     }
-    content = {**header, "kills": results.kills, "cases": results.cases, "rows": rows}
     replace_file(out / "fault_drill.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     text = markdown(results)
     replace_file(out / "fault_drill.md", text)
@@ -77,10 +119,20 @@ def markdown(results: Results) -> str:
     parts = []
     if results.kills:
         parts += ["## Kills", kill_table(results), "## Victims", victim_table(results.kills)]
-    if results.rows:
-        lines = [[name, str(row.tests), str(row.passed), _figures(row)] for name, row in results.rows.items()]
-        parts += ["## Fault tests", markdown_table(("row", "tests", "passed", "recorded"), lines)]
+    if results.tests:
+        parts += ["## Fault tests", row_table(results.tests)]
+        parts += [f"- {test.name}: {test.missed}" for test in results.tests if test.missed]
     return "\n\n".join(parts) + "\n"
+
+
+def row_table(tests: Sequence[FaultTest]) -> str:
+    """Return the figures of the fault tests by row of the matrix, and of all."""
+    columns = ("tests", "passed", "faults injected", "survived", *FIGURES)
+    lines = []
+    for row, total in count_rows(tests).items():
+        others = "; ".join(f"{name}: {value:,}" for name, value in total.items() if name not in columns)
+        lines.append([row, *(f"{total[name]:,}" if name in total else "" for name in columns), others])
+    return markdown_table(("row", *columns, "other figures"), lines)
 
 
 def kill_table(results: Results) -> str:
@@ -128,15 +180,3 @@ def victim_table(kills: list[dict[str, Any]]) -> str:
 
 def _processes(kill: Mapping[str, Any]) -> int:
     return int(kill["case"].partition("-")[0])
-
-
-def _figures(row: RowCount) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sorted(row.figures.items()))
-
-
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True

@@ -5,8 +5,8 @@
 
 `kills` trains a small model on scikit-learn's digits, on one and on two processes, and kills all of it, one process, the
 launcher or a loader worker, half of the times while a checkpoint is being written. `matrix` runs the tests that inject a fault,
-slow ones too, and sums what they count by row of the table in docs/results/reliability.md. The same command continues a drill that was
-interrupted.
+slow ones too, and sums what they count by row of the table in docs/results/reliability.md. The same command continues a drill
+that was interrupted.
 
 Writes kills.jsonl and cases.jsonl as it goes, fault_tests.xml, and at the end fault_drill.json and fault_drill.md into --out.
 Needs requirements-dev.txt. Exit code 1 where an end differs, a checkpoint is damaged, a process is left over or a test fails.

@@ -132,11 +132,17 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
+def write_tar(path: Path, contents: dict[str, bytes], mode: str = "w") -> Path:
+    """Write a tar of files, by their paths in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in contents.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
 def write_legacy_tar(path: Path, content: Any) -> None:
     """Write a tar as torch.save of old did, with the content as each of its pickles."""
-    with tarfile.open(path, "w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            data = pickle.dumps(content)
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
+    write_tar(path, dict.fromkeys(("storages", "tensors", "pickle"), pickle.dumps(content)))

@@ -1,4 +1,4 @@
-"""Faults of images, data sets and loader workers: what each does to a run, and that nothing is left out without a word."""
+"""Faults of images, folders and storage: the right pixels, or an error that names the file, and never a wait or a crash."""
 
 from __future__ import annotations
 
@@ -8,41 +8,23 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
-import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import (
-    as_arguments,
-    assert_same_state,
-    count_updates_lost,
-    damage,
-    finish,
-    history,
-    launch,
-    tiny_config,
-    write_digit_folder,
-)
+from helpers import count_updates_lost, damage, history, tiny_config, write_digit_folder, write_tar
 from PIL import Image
-from torch.utils.data import Dataset
 
-from taylorvit.checkpoint import list_checkpoints
-from taylorvit.config import AugmentConfig, Config, DataConfig
-from taylorvit.data import ImageError, LoaderError, build_dataset, build_eval_loader, build_train_loader, most_unreadable
+from taylorvit.config import AugmentConfig, DataConfig
+from taylorvit.data import ImageError, build_dataset, build_eval_loader
 from taylorvit.data import images as images_module
-from taylorvit.data import loader as loader_module
 from taylorvit.data.augment import build_eval_transform, build_train_transform
 from taylorvit.data.images import ImageDataset, StorageError
-from taylorvit.data.loader import Loader, explain_failure, explained_loader_failures
 from taylorvit.engine import train
 from taylorvit.run_folder import RunFolder
-from taylorvit.signals import SIGNALS
 
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
 RAMP = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8)
@@ -178,14 +160,16 @@ def png_header_bomb(side: int) -> bytes:
     )
 
 
-def read_bomb(root: Path, num_workers: int, answer: object) -> None:
+def read_bomb(root: Path, dataset: str, num_workers: int, answer: object) -> None:
     """Read the bomb and report by how many bytes the peak memory of this process and of its workers rose."""
     warnings.simplefilter("ignore")
-    data = DataConfig(root=str(root), num_workers=num_workers, on_error="skip", max_bad_share=1.0, io_retries=0)
+    data = DataConfig(
+        dataset=dataset, root=str(root), num_workers=num_workers, on_error="skip", max_bad_share=1.0, io_retries=0
+    )
     for split in ("warm", "train"):
-        dataset = build_dataset(data, split, in_chans=3)
+        images = build_dataset(data, split, in_chans=3)
         before = peak_bytes()
-        loader = build_eval_loader(dataset, data=data, img_size=8, batch_size=1, rank=0, world_size=1)
+        loader = build_eval_loader(images, data=data, img_size=8, batch_size=1, rank=0, world_size=1)
         batches = len(list(loader))
     answer.put((batches, loader.unreadable[0], peak_bytes() - before))
 
@@ -196,13 +180,16 @@ def peak_bytes() -> int:
 
 @pytest.mark.fault("D5")
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("side", [12_000, 20_000])
-def test_a_bomb_takes_no_memory(tmp_path: Path, side: int, num_workers: int, figures: Counter[str]) -> None:
-    write_class_folder(tmp_path, {"0.png": png_header_bomb(side)})
-    write_class_folder(tmp_path, {"0.png": jpeg()}, split="warm")
+@pytest.mark.parametrize(("dataset", "side"), [("folder", 12_000), ("folder", 20_000), ("tar", 20_000), ("wds", 20_000)])
+def test_a_bomb_takes_no_memory(tmp_path: Path, dataset: str, side: int, num_workers: int, figures: Counter[str]) -> None:
+    for split, content in (("warm", jpeg()), ("train", png_header_bomb(side))):
+        if dataset == "folder":
+            write_class_folder(tmp_path, {"0.png": content}, split)
+        else:
+            write_tar(tmp_path / f"{split}{'-0' if dataset == 'wds' else ''}.tar", {"cat/0.png": content, "cat/0.cls": b"0"})
     context = multiprocessing.get_context("fork")
     answer = context.Queue()
-    process = context.Process(target=read_bomb, args=(tmp_path, num_workers, answer))
+    process = context.Process(target=read_bomb, args=(tmp_path, dataset, num_workers, answer))
     process.start()
     batches, message, rise = answer.get(timeout=60)
     process.join(30)
@@ -309,271 +296,6 @@ def test_storage_errors_are_tried_again_and_never_skipped(
     assert loader.unreadable == {}
 
 
-CUT_BYTES = 30
-
-
-def spoil(root: Path, *names: str) -> None:
-    """Cut the images with these numbers."""
-    paths = [path for name in names for path in root.glob(f"*/*/{name}.png")]
-    assert len(paths) == len(names)
-    for path in paths:
-        path.write_bytes(path.read_bytes()[:-CUT_BYTES])
-
-
-@pytest.fixture(scope="module")
-def spoilt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """96 training images, two of them damaged, and 41 for validation, one of them damaged."""
-    root = write_digit_folder(tmp_path_factory.mktemp("spoilt"))
-    spoil(root, "0010", "0033", "0110")
-    return root
-
-
-def skipping_config(data_root: Path, run_dir: Path, **changes: object) -> Config:
-    return tiny_config(
-        data_root, run_dir, **{"data__on_error": "skip", "data__max_bad_share": 0.03, "schedule__epochs": 2, **changes}
-    )
-
-
-def listed(run_dir: Path) -> list[tuple[str, str]]:
-    lines = (run_dir / "bad_samples.txt").read_text().splitlines()
-    return [(line.split("\t")[0], Path(line.split("\t")[2]).stem) for line in lines]
-
-
-@pytest.fixture(scope="module")
-def spoilt_run(spoilt_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("spoilt_run") / "run"
-    output = finish(launch("train.py", as_arguments(skipping_config(spoilt_folder, run_dir, data__num_workers=2))))
-    assert "2 of 96 train samples cannot be read and are replaced by others" in output
-    assert "1 of 41 val samples cannot be read and are left out" in output
-    return run_dir
-
-
-@pytest.mark.fault("D1")
-@pytest.mark.usefixtures("fresh_accelerate")
-def test_skipping_is_bit_identical_without_workers_and_across_a_resume(
-    spoilt_folder: Path, spoilt_run: Path, tmp_path: Path, figures: Counter[str]
-) -> None:
-    figures.update({"inputs tried": 3, "bytes corrupted": 3 * CUT_BYTES})
-    assert sorted(listed(spoilt_run)) == [("train", "0010"), ("train", "0033"), ("val", "0110")]
-    evaluations = [record for record in history(spoilt_run) if record["kind"] == "evaluate"]
-    assert [(record["samples"], record["unreadable"]) for record in evaluations] == [(40, 1)] * 2
-    run_dir = tmp_path / "run"
-    config = skipping_config(spoilt_folder, run_dir, data__num_workers=0)
-    train(config)
-    for checkpoint in list_checkpoints(run_dir / "checkpoints"):
-        if checkpoint.name > "step-00000004":
-            shutil.rmtree(checkpoint)  # as if it had been killed after update 5
-    train(replace(config, resume="auto"))
-    assert history(run_dir) == history(spoilt_run)
-    assert (run_dir / "bad_samples.txt").read_text() == (spoilt_run / "bad_samples.txt").read_text()
-    assert_same_state(list_checkpoints(run_dir / "checkpoints")[-1], list_checkpoints(spoilt_run / "checkpoints")[-1])
-
-
-@pytest.mark.fault("D1")
-def test_two_processes_list_each_image_once_and_agree_to_stop(
-    spoilt_folder: Path, tmp_path: Path, figures: Counter[str]
-) -> None:
-    run_dir = tmp_path / "run"
-    finish(launch("train.py", as_arguments(skipping_config(spoilt_folder, run_dir)), processes=2))
-    assert sorted(listed(run_dir)) == [("train", "0010"), ("train", "0033"), ("val", "0110")]
-    strict = skipping_config(spoilt_folder, tmp_path / "strict", data__max_bad_share=0.0001, schedule__epochs=3)
-    output = finish(launch("train.py", as_arguments(strict), processes=2), code=1)
-    errors = [line for line in output.splitlines() if line.startswith("error")]
-    assert errors
-    figures["messages given"] += 1
-    assert all("2 of 96 train samples cannot be read; data.max_bad_share 0.0001 allows 1; " in line for line in errors)
-    assert RunFolder(tmp_path / "strict").read_status()["state"] == "failed"
-    assert sorted(name for split, name in listed(tmp_path / "strict") if split == "train") == ["0010", "0033"]
-
-
-@pytest.mark.slow
-@pytest.mark.fault("D1")
-def test_an_evaluation_says_of_how_many_images_it_is(spoilt_run: Path, tmp_path: Path, figures: Counter[str]) -> None:
-    output = finish(launch("eval.py", [str(spoilt_run), "--step=newest", f"--json={tmp_path / 'x.json'}"]))
-    assert "judged 40 of 41 images: 1 of 41 images cannot be read, such as: cannot read image" in output
-    output = finish(launch("eval.py", [str(spoilt_run), "--step=newest", "--data.on_error=stop"]), code=2)
-    assert [line for line in output.splitlines() if line.startswith("error: cannot read image") and "0110.png" in line]
-    output = finish(launch("eval.py", [str(spoilt_run), "--step=newest", "--data.max_bad_share=0"]), code=2)
-    assert "data.max_bad_share 0 allows 0" in output
-    figures["messages given"] += 3
-
-
-def test_how_many_may_be_left_out() -> None:
-    for share, total, most in (
-        (0.0001, 10, 1),
-        (0.0001, 10_000, 1),
-        (0.0001, 10_001, 2),
-        (0.07, 100, 7),
-        (0, 100, 0),
-        (1, 9, 9),
-    ):
-        assert most_unreadable(total, DataConfig(on_error="skip", max_bad_share=share)) == most
-    assert most_unreadable(100, DataConfig(on_error="stop", max_bad_share=0.5)) == 0
-
-
-class Ending:
-    """A source whose image 3 ends or stops the process that reads it."""
-
-    classes = ["0"]
-
-    def __init__(self, end: Callable[[], object]) -> None:
-        self.end = end
-
-    def __len__(self) -> int:
-        return 8
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        if index == 3 and multiprocessing.parent_process() is not None:
-            self.end()
-        return Image.new("RGB", (8, 8)), 0
-
-    def name(self, index: int) -> str:
-        return f"image {index}"
-
-
-def kill(number: int) -> Callable[[], object]:
-    return lambda: os.kill(os.getpid(), number)
-
-
-def run_out_of_shared_memory() -> None:
-    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_17_3>: No space left on device (28)")
-
-
-ENDINGS: dict[str, tuple[Callable[[], object], str]] = {
-    "SIGKILL": (
-        kill(signal.SIGKILL),
-        r"loader worker 0 \(process \d+\) was killed by the signal Killed: most often the memory",
-    ),
-    "SIGSEGV": (
-        kill(signal.SIGSEGV),
-        r"loader worker 0 \(process \d+\) was killed by the signal Segmentation fault: a library",
-    ),
-    "SIGBUS": (kill(signal.SIGBUS), r"loader worker 0 \(process \d+\) was killed by the signal Bus error: .*--shm-size"),
-    "exit 3": (lambda: os._exit(3), r"loader worker 0 \(process \d+\) exited unexpectedly with exit code 3: something in it"),
-    "exit 0": (lambda: os._exit(0), r"loader worker 0 \(process \d+\) exited unexpectedly with exit code 0: something in it"),
-    "shared memory": (run_out_of_shared_memory, r"cannot pass its batch on: the shared memory \(/dev/shm\) is full"),
-    "hang": (lambda: time.sleep(600), r"loader worker 0 \(process \d+\) has given no batch for 2 s .* most likely the storage"),
-}
-
-
-class Three(Dataset):
-    """Three samples; something happens at the last."""
-
-    def __init__(self, event: Callable[[], object]) -> None:
-        self.event = event
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: int) -> tuple[int, None]:
-        if index == 2:
-            self.event()
-        return index, None
-
-
-def three_loader(event: Callable[[], object]) -> Loader:
-    return Loader(
-        Three(event), data=DataConfig(num_workers=1), collate=None, timeout_seconds=600, persistent=False, batch_size=3
-    )
-
-
-@pytest.mark.fault("A12")
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_a_worker_that_ends_or_hangs_is_named_in_one_line_with_the_likely_cause(ending: str) -> None:
-    end, message = ENDINGS[ending]
-    dataset = ImageDataset(Ending(end), in_chans=3)
-    loader = build_train_loader(
-        dataset,
-        data=DataConfig(num_workers=1),
-        augment=AugmentConfig(),
-        img_size=8,
-        seed=0,
-        micro_batch_size=2,
-        rank=0,
-        world_size=1,
-        accumulation=1,
-        timeout_seconds=2.5,
-    )
-    started = time.monotonic()
-    with pytest.raises(LoaderError, match=message) as caught, explained_loader_failures():
-        list(loader)
-    assert "\n" not in str(caught.value)
-    assert time.monotonic() - started < 15
-
-
-@pytest.mark.fault("A12")
-def test_a_dead_worker_whose_report_was_lost_is_noticed_long_before_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch reports a death by raising in a signal handler; inside a callback Python drops what is raised."""
-    monkeypatch.setattr(loader_module, "POLL_SECONDS", 1.0)
-    batches = iter(three_loader(kill(signal.SIGKILL)))
-    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    started = time.monotonic()
-    try:
-        with pytest.raises(LoaderError, match=ENDINGS["SIGKILL"][1]):
-            list(batches)
-    finally:
-        signal.signal(signal.SIGCHLD, previous)
-    assert time.monotonic() - started < 60
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_that_ends_a_run_is_for_the_training_process_alone(number: signal.Signals) -> None:
-    """Launchers and terminals send it to the workers too, which the last update needs."""
-    assert [batch.tolist() for batch in three_loader(kill(number))] == [[0, 1, 2]]
-
-
-def test_a_loader_waits_longer_than_it_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.2)
-    loader = three_loader(lambda: time.sleep(1.5))
-    assert [batch.tolist() for batch in loader] == [[0, 1, 2]]
-
-
-def test_other_errors_are_left_as_they_are() -> None:
-    assert explain_failure("mat1 and mat2 shapes cannot be multiplied") is None
-    assert explain_failure("Caught RuntimeError in DataLoader worker process 0.\nTraceback\nRuntimeError: other") is None
-    with pytest.raises(RuntimeError, match="^other$"), explained_loader_failures():
-        raise RuntimeError("other")
-
-
-@pytest.mark.fault("A12")
-def test_a_killed_worker_fails_the_run_in_one_line_and_the_resume_is_exact(
-    digit_folder: Path, tmp_path: Path, figures: Counter[str]
-) -> None:
-    config = tiny_config(digit_folder, tmp_path / "run", schedule__epochs=2)
-    program = (
-        "import os, sys\n"
-        "from taylorvit.data.folder import FolderSource\n"
-        "real = FolderSource.read\n"
-        "def read(self, index):\n"
-        f"    if index == {int(np.random.default_rng(0).integers(96))} and not os.path.exists(sys.argv[0] + '.once'):\n"
-        "        open(sys.argv[0] + '.once', 'w').close()\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "    return real(self, index)\n"
-        "FolderSource.read = read\n"
-        "from taylorvit.cli import run_program\n"
-        "from train import main\n"
-        "run_program(main)\n"
-    )
-    script = tmp_path / "program.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n{program}")
-    output = finish(launch(str(script), as_arguments(config)), code=2)
-    errors = [line for line in output.splitlines() if line.startswith("error")]
-    assert len(errors) == 1
-    assert "was killed by the signal Killed: most often the memory ran out" in errors[0]
-    assert "Traceback" not in output
-    count_updates_lost(tmp_path / "run", figures)
-    figures["messages given"] += 1
-    status = RunFolder(tmp_path / "run").read_status()
-    assert status["state"] == "failed"
-    assert "loader worker" in status["message"]
-    finish(launch(str(script), [*as_arguments(config), "--resume=auto"]))
-    undisturbed = tiny_config(digit_folder, tmp_path / "undisturbed", schedule__epochs=2)
-    finish(launch("train.py", as_arguments(undisturbed)))
-    assert history(tmp_path / "run") == history(tmp_path / "undisturbed")
-    last = [list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("run", "undisturbed")]
-    assert_same_state(*last)
-
-
 @pytest.mark.fault("D8")
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_folder_that_vanishes_ends_the_run_and_the_resume_is_exact_once_it_is_back(
@@ -600,6 +322,23 @@ def test_a_folder_that_vanishes_ends_the_run_and_the_resume_is_exact_once_it_is_
     (tmp_path / "away").rename(tmp_path / "data")
     train(replace(config, resume="auto"))
     assert history(tmp_path / "run") == history(tmp_path / "undisturbed")
+
+
+@pytest.mark.fault("D8")
+def test_a_tar_that_changed_or_gives_too_few_bytes_is_never_skipped(tmp_path: Path) -> None:
+    """A resumed run, which finds the bytes again, would otherwise train on other images."""
+    write_tar(tmp_path / "train.tar", {"cat/0.jpg": jpeg(), "cat/1.jpg": jpeg()})
+    data = DataConfig(dataset="tar", root=str(tmp_path), io_retries=0, num_workers=0, on_error="skip", max_bad_share=1.0)
+    dataset = build_dataset(data, "train", in_chans=3)
+    dataset.source.index.sizes[1] = 10**6  # as storage that gives less than there is
+    assert dataset[0][1] == 0
+    loader = build_eval_loader(dataset, data=data, img_size=8, batch_size=1, rank=0, world_size=1)
+    with pytest.raises(StorageError, match=r"train\.tar/cat/1\.jpg: .* bytes instead of 1000000"):
+        list(loader)
+    write_tar(tmp_path / "train.tar", {"cat/0.jpg": jpeg() + b"x", "cat/1.jpg": jpeg()})
+    with pytest.raises(StorageError, match=r"train\.tar/cat/0\.jpg: .* the tar is not the one that was indexed"):
+        list(loader)
+    assert loader.unreadable == {}
 
 
 @pytest.mark.fault("D9")

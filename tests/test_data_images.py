@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import write_tar
 from PIL import Image
 from timm.data import create_reader
 
@@ -39,16 +40,6 @@ def write_folder(root: Path, split: str, classes: list[str], images_per_class: i
         for image in range(images_per_class):
             (root / split / name / f"{image}.png").write_bytes(encode(10 * number + image))
     return root
-
-
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
 
 
 def grey(dataset: ImageDataset, index: int) -> int:

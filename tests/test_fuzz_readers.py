@@ -16,7 +16,6 @@ import json
 import re
 import shutil
 import struct
-import tarfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import damage
+from helpers import damage, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -149,14 +148,6 @@ def png(number: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.full((4, 4), number, dtype=np.uint8)).save(file, "PNG")
     return file.getvalue()
-
-
-def write_tar(path: Path, contents: dict[str, bytes], mode: str = "w") -> None:
-    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
-        for name, content in contents.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
 
 
 def write_reviews(folder: Path) -> None:

@@ -103,7 +103,9 @@ class TarSource:
             file.seek(self.index.offsets[index])
             content = file.read(size)
         if len(content) != size:
-            raise OSError(f"the tar ends {size - len(content)} bytes early")
+            raise OSError(
+                errno.EIO, f"{len(content)} bytes instead of {size}"
+            )  # the file has its size still: the storage fails
         return io.BytesIO(content), int(self.index.labels[index])
 
     def name(self, index: int) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import as_arguments, assert_same_state, count_updates_lost, finish, history, launch, tiny_config
+from helpers import ROOT, as_arguments, assert_same_state, count_updates_lost, finish, history, launch, tiny_config
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from taylorvit.checkpoint import list_checkpoints
 from taylorvit.config import AugmentConfig, DataConfig
@@ -141,6 +144,59 @@ def test_a_loader_waits_longer_than_it_polls(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(loader_module, "POLL_SECONDS", 0.2)
     loader = three_loader(lambda: time.sleep(1.5))
     assert [batch.tolist() for batch in loader] == [[0, 1, 2]]
+
+
+LIMITS = {
+    errno.ENOSPC: r"the shared memory \(/dev/shm\) is full",
+    errno.EMFILE: r"raise the limit of open files \(ulimit -n\)",
+    errno.EAGAIN: "the memory or the limit of processes",
+    errno.ENOMEM: "the memory or the limit of processes",
+}
+
+
+@pytest.mark.fault("A12")
+@pytest.mark.parametrize("number", [*LIMITS, errno.EPERM])
+def test_workers_that_cannot_start_name_the_limit(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(DataLoader, "__iter__", refuse)
+    message = f"^the loader's workers cannot start: {LIMITS[number]}" if number in LIMITS else "Operation not permitted"
+    with pytest.raises(LoaderError if number in LIMITS else PermissionError, match=message):
+        iter(three_loader(lambda: None))
+
+
+IN_LITTLE_MEMORY = 'mount -t tmpfs -o size=$0 tmpfs /dev/shm && exec "$@"'
+
+
+def own_shared_memory() -> bool:
+    """Whether this process may mount a /dev/shm of its own, as root may."""
+    return subprocess.run(["unshare", "-m", "sh", "-c", IN_LITTLE_MEMORY, "4k", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.fault("A12")
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [("4k", "the loader's workers cannot start"), ("64k", "a loader worker cannot pass its batch on")],
+    ids=["none", "little"],
+)
+def test_full_shared_memory_is_one_line(
+    size: str, message: str, digit_folder: Path, tmp_path: Path, figures: Counter[str]
+) -> None:
+    if not own_shared_memory():
+        pytest.skip("only root may mount a /dev/shm of its own")
+    config = tiny_config(digit_folder, tmp_path / "run", train__micro_batch_size=16)
+    command = [sys.executable, str(ROOT / "train.py"), *as_arguments(config)]
+    wrapped = ["unshare", "-m", "sh", "-c", IN_LITTLE_MEMORY, size, *command]
+    ended = subprocess.run(wrapped, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    errors = [line for line in (ended.stdout + ended.stderr).splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: {message}: the shared memory (/dev/shm) is full: set data.num_workers")
+    assert "Traceback" not in ended.stderr
+    assert RunFolder(tmp_path / "run").read_status()["state"] == "failed"
+    figures["messages given"] += 1
 
 
 def test_other_errors_are_left_as_they_are() -> None:

@@ -30,13 +30,22 @@ POLL_SECONDS = 5.0  # after which PyTorch looks whether a worker died whose repo
 DEATH_SECONDS = 2.0  # between the first sign of a worker's death and its exit code
 Collate = Callable[[list[Any]], Any]
 
-# What PyTorch says where a worker is lost, and what is behind it, most often.
-_CAUSES = (
+# What the system says where a limit is reached, and what helps.
+_LIMITS = (
     (
         r"Bus error|shared memory|</torch_|No space left on device",
         "the shared memory (/dev/shm) is full: set data.num_workers or data.prefetch_factor lower, or enlarge it (docker run "
         "--shm-size=8g)",
     ),
+    (r"Too many open files|ancdata", "raise the limit of open files (ulimit -n), or set data.num_workers lower"),
+    (
+        r"Resource temporarily unavailable|Cannot allocate memory",
+        "the memory or the limit of processes (ulimit -u) does not suffice: set data.num_workers lower",
+    ),
+)
+# What PyTorch says where a worker is lost, and what is behind it, most often.
+_CAUSES = (
+    *_LIMITS,
     (
         r"signal: Killed",
         "most often the memory ran out: set data.num_workers or data.prefetch_factor lower; the kernel's log (dmesg) tells",
@@ -45,7 +54,6 @@ _CAUSES = (
         r"Segmentation fault|Aborted|Illegal instruction|Floating point|signal: (Bad|Trace)",
         "a library crashed, perhaps over a damaged image: with data.num_workers 0 it crashes in the training process",
     ),
-    (r"Too many open files|ancdata", "raise the limit of open files (ulimit -n), or set data.num_workers lower"),
     (r"signal: ", "something outside of the run ended it"),
     (r"", "something in it ended the process: with data.num_workers 0 it would end the training process"),
 )
@@ -59,7 +67,7 @@ class Unreadable(NamedTuple):
 
 
 class LoaderError(ChildProcessError):
-    """A worker of a loader died or hangs; the message names it and the likely cause."""
+    """A worker of a loader cannot start, died or hangs; the message names it and the likely cause."""
 
 
 class Loader(DataLoader):
@@ -102,7 +110,13 @@ class Loader(DataLoader):
         self.unreadable: dict[int, str] = {}
 
     def __iter__(self) -> Any:
-        iterator = super().__iter__()
+        try:
+            iterator = super().__iter__()
+        except OSError as error:  # even their queues need shared memory and files
+            limit = _explain_limit(str(error))
+            if limit is None:
+                raise
+            raise LoaderError(f"the loader's workers cannot start: {limit}") from error
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             _ITERATORS.add(iterator)
             for worker in iterator._workers:
@@ -188,9 +202,13 @@ def explain_failure(text: str) -> str | None:
         return None
     found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([0-9, ]+)\)", text)
     if found is None:  # not dead, but it could not pass a batch on
-        limit = next((advice for pattern, advice in (_CAUSES[0], _CAUSES[3]) if re.search(pattern, text)), None)
+        limit = _explain_limit(text)
         return limit and f"a loader worker cannot pass its batch on: {limit}"
     return _explain_end(int(found[1].split(",")[0]), text)
+
+
+def _explain_limit(text: str) -> str | None:
+    return next((advice for pattern, advice in _LIMITS if re.search(pattern, text)), None)
 
 
 def _explain_end(pid: int, text: str) -> str:

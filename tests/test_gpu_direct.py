@@ -13,7 +13,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, each_dtype, needs_kernels, replace_blocks, results_of
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    HARD_KINDS,
+    each_dtype,
+    greatest,
+    hard_inputs,
+    needs_kernels,
+    replace_blocks,
+    results_of,
+    rms,
+    rounded,
+)
 from test_cpu_ops import RESULTS, Shape, in_fp64, inputs, laid_out
 from torch import Tensor
 
@@ -42,13 +54,6 @@ def run(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
 
 
 # ---- accuracy
-
-
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to as many digits as dtype has, whatever the exponent."""
-    mantissa, exponent = torch.frexp(x)
-    step = torch.finfo(dtype).eps / 2
-    return torch.ldexp((mantissa / step).round() * step, exponent)
 
 
 FP32_EPS = torch.finfo(torch.float32).eps
@@ -118,14 +123,6 @@ def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
             assert error <= budget, f"{name}: {error:.2e}, budget {budget:.2e}, reference and operands {allowed}"
 
 
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
-def greatest(x: Tensor) -> float:
-    return x.abs().max().item()
-
-
 CASES: list[tuple[Shape, str, float]] = [
     ((1, 2, 1, 8), "normal", 10),
     ((1, 3, 2, 17), "clustered keys", 1),
@@ -164,17 +161,6 @@ def test_temperature_gradient_is_as_accurate_as_it_can_be(dtype: torch.dtype, ki
     assert ours.norm() <= 2 * theirs.norm()
 
 
-def clusters(kind: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Draw tokens that lie near one vector or its opposite: queries, with gradients of y whose sum is 0, or keys."""
-    (q, k, v, temperature), grad = inputs((1, 2, 65, 32), torch.float64, temperature=8)
-    near, far = q[:, :, :1], k[:, :, :1]
-    if kind == "queries":
-        q, grad = near + 0.01 * q, grad - grad.mean(dim=2, keepdim=True)
-    else:
-        k = far * (1 - 2 * (torch.arange(65) % 2))[:, None] + 0.01 * k
-    return [*(x.to(dtype) for x in (q, k, v)), temperature.float()], grad.to(dtype)
-
-
 # Error of 16 bits over that of the reference in the same dtype, in the mean square, where it is above 2.2: the deviation of y
 # from the mean of the values is small against what is rounded; even powers cancel between the two clusters; what all queries
 # have in common cancels out of dk and dv.
@@ -182,12 +168,9 @@ EXCEPTIONS = {("large mean", "dq"): 18, ("opposite keys", "dq"): 6.5, ("queries"
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
-@pytest.mark.parametrize("kind", ["normal", "clustered keys", "large mean", "zero vectors", "opposite keys", "queries"])
+@pytest.mark.parametrize("kind", HARD_KINDS)
 def test_sixteen_bits_are_as_accurate_as_the_reference(kind: str, dtype: torch.dtype) -> None:
-    """At tau = 8, where the keys of the clusters weigh all of a row."""
-    is_clustered = kind in ("opposite keys", "queries")
-    tensors, grad = clusters(kind, dtype) if is_clustered else inputs((1, 2, 65, 32), dtype, kind, temperature=8)
-    for name, (ours, theirs, _) in zip(RESULTS, errors(tensors, grad)[0]):
+    for name, (ours, theirs, _) in zip(RESULTS, errors(*hard_inputs(kind, dtype))[0]):
         allowed = EXCEPTIONS.get((kind, name), 2.2)
         assert rms(ours) <= allowed * rms(theirs), f"{name}: {rms(ours) / rms(theirs):.2f} times, {allowed} allowed"
 

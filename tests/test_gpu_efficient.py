@@ -13,7 +13,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, each_dtype, needs_kernels, replace_blocks, results_of
+from kernel_checks import (
+    DEVICE,
+    DTYPES,
+    HARD_KINDS,
+    each_dtype,
+    greatest,
+    hard_inputs,
+    needs_kernels,
+    replace_blocks,
+    results_of,
+    rms,
+    rounded,
+)
 from test_cpu_ops import RESULTS, Shape, in_fp64, inputs, laid_out, rounding_units
 from torch import Tensor
 
@@ -37,53 +49,97 @@ def run(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
 # ---- accuracy
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round to dtype; its gradient is rounded too."""
-    result = x + (x.to(dtype).double() - x).detach()
-    result.register_hook(lambda dx: dx.to(dtype).double())
-    return result
+States = tuple[Tensor, Tensor, Tensor, Tensor]  # a centre (1, D), r (N, D), and the means of features of r and of r by w
 
 
 def with_rounded_operands(tensors: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
-    """Return the results in fp64 but for what is rounded to the dtype of q: unit vectors, features, states, and g."""
-    dtype = tensors[0].dtype
-    N, D = tensors[2].shape[-2:]
-    q, k, v, temperature = leaves = [x.double().requires_grad_() for x in tensors]
-    tau = temperature[:, None, None]
+    """Return the results in fp64 but for what is rounded to the dtype of q.
+
+    Those are unit vectors, the same less their mean, features, states, the deviations from the mean of the values, and the
+    gradient of y over z. Letters are those of `kernels_efficient`.
+    """
+    dtype, (N, D) = tensors[0].dtype, tensors[0].shape[2:]
+    q, k, v, temperature = (x.double() for x in tensors)
     queries, keys = (reference.unit_vectors(x) for x in (q, k))
-    queries, keys = (x + (x.to(dtype).double() - x).detach() for x in (queries, keys))
-    mean = v.mean(dim=-2, keepdim=True)
-    centre = mean.detach().to(dtype).double()
-    # times D, as fp16 has small numbers to fewer digits
-    states = [rounded(D * x.mT @ (v - centre) / N, dtype) / D for x in (rounded(reference.box(keys), dtype), keys)]
-    features = [rounded(reference.box(queries), dtype), queries]
-    coefficients = [reference.A * tau.square(), reference.B * tau]
-    sums = sum(a * x @ state for a, x, state in zip(coefficients, features, states))
-    sums.register_hook(lambda dx: dx.to(dtype).double())
-    x = tau * queries @ keys.mT
-    z = (reference.A * x.square() + reference.B * x + reference.C).mean(dim=-1, keepdim=True)
-    y = math.sqrt(N / D) * (centre + (sums + reference.C * (mean - centre)) / z)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad.double())]
+    tau, scale = temperature[:, None, None], math.sqrt(N / D)
+
+    def mean(x: Tensor) -> Tensor:
+        return x.mean(dim=2, keepdim=True)
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum(dim=-1, keepdim=True)
+
+    def weights(cosines: Tensor) -> Tensor:
+        return reference.A * (tau * cosines).square() + reference.B * tau * cosines + reference.C
+
+    def slopes(cosines: Tensor) -> Tensor:
+        return 2 * reference.A * tau * cosines + reference.B
+
+    def states(x: Tensor, w: Tensor) -> States:
+        rest = rounded(x - mean(x), dtype)
+        return mean(x), rest, *(rounded(f.mT @ w / N, dtype) for f in (rounded(reference.box(rest), dtype), rest))
+
+    def attend(x: Tensor, origin: Tensor, rest: Tensor, square: Tensor, linear: Tensor) -> Tensor:
+        """Return the sums of w by the weights less that at the centre."""
+        features = rounded(reference.box(rounded(x, dtype)), dtype)
+        return reference.A * tau.square() * features @ square + tau * rounded(slopes(x @ origin.mT) * x, dtype) @ linear
+
+    def gradient(x: Tensor, w: Tensor, delta: Tensor, omega: Tensor, w_mean: Tensor, others: States) -> Tensor:
+        """Return the sums of dx by the unit vectors of the others."""
+        origin, rest, square, linear = others
+        unit, slope = rounded(x, dtype), slopes(x @ origin.mT)
+        products = rounded((unit.unsqueeze(-1) * w.unsqueeze(-2)).flatten(-2), dtype)  # b c
+        lines, sums = w @ linear.mT, mean(omega * rest)
+        total = 2 * reference.A * tau * products @ square.unflatten(2, (D, D)).permute(0, 1, 3, 4, 2).flatten(2, 3)  # ab, c
+        total += slope * lines - delta * (slope * sums + 2 * reference.A * tau * unit @ (rest.mT @ (omega * rest)) / N)
+        common = slope * (dot(w, w_mean) - delta * mean(omega)) + 2 * reference.A * tau * (dot(x, lines) - delta * dot(x, sums))
+        return scale * (total + common * origin)
+
+    centre = mean(v).to(dtype).double()
+    z, offset, of_keys = weights(queries @ keys.mT).mean(dim=-1, keepdim=True), mean(v) - centre, states(keys, v - centre)
+    deviation = (attend(queries, *of_keys) - (z - weights(queries @ of_keys[0].mT)) * offset) / z
+    exact_g = grad.double() / z
+    g, delta = rounded(exact_g, dtype), dot(exact_g, rounded(deviation, dtype) + offset)
+    of_queries, ones = states(queries, g), torch.ones_like(delta)
+    dv = scale * (attend(keys, *of_queries) + weights(keys @ of_queries[0].mT) * mean(exact_g))
+    results, dtau = [scale * (mean(v) + deviation)], []
+    for x, unit, total in (
+        (q, queries, gradient(queries, g, delta, ones, offset, of_keys)),
+        (k, keys, gradient(keys, v - centre, ones, delta, mean(exact_g), of_queries)),
+    ):
+        length = x.norm(dim=-1, keepdim=True).clamp_min(reference.GRADIENT_LENGTH)
+        radial = dot(total, unit)
+        results.append(tau * (total - radial * unit) / length)
+        dtau.append(radial.sum(dim=(0, 2, 3)))  # by the queries as by the keys
+    return [*results, dv, dtau[0]]
+
+
+def errors(tensors: Sequence[Tensor], grad: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return what each result is off by (ours, the reference's, that of rounded operands), and the exact ones.
+
+    fp32 operands are not rounded.
+    """
+    exact = in_fp64(tensors, grad)
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    y = reference.efficient(*leaves)
+    theirs = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+    model = exact if tensors[0].dtype == torch.float32 else with_rounded_operands(tensors, grad)
+    ours = run(tensors, grad)
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+    return [[x.double() - truth for x in results] for *results, truth in zip(ours, theirs, model, exact)], exact
 
 
 def assert_within_budget(tensors: Sequence[Tensor], grad: Tensor) -> None:
     """Check error <= 2 (error of the reference + what rounded operands cost) + rounding of the result.
 
     In the mean square and, twice as much, anywhere. The gradient of the temperature is one number a head: in the mean of so few
-    chance decides. fp32 operands are not rounded: nothing is allowed for them.
+    chance decides.
     """
-    exact = in_fp64(tensors, grad)
-    leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    y = reference.efficient(*leaves)
-    theirs = [y.detach(), *torch.autograd.grad(y, leaves, grad)]
-    is_exact = tensors[0].dtype == torch.float32
-    models = exact if is_exact else with_rounded_operands(tensors, grad)
-    units = rounding_units(tensors, grad, exact)
-    for name, ours, *others, truth, unit in zip(RESULTS, run(tensors, grad), theirs, models, exact, units):
-        assert ours.dtype == others[0].dtype
+    off, exact = errors(tensors, grad)
+    for name, errors_of, unit in zip(RESULTS, off, rounding_units(tensors, grad, exact)):
         rounding = unit * torch.finfo(tensors[0].dtype).eps + 1e-14
-        for norm, factor in ((lambda x: x.square().mean().sqrt().item(), 1), (lambda x: x.abs().max().item(), 2)):
-            error, *allowed = (norm(x.double() - truth) for x in (ours, *others))
+        for norm, factor in ((rms, 1), (greatest, 2)):
+            error, *allowed = (norm(x) for x in errors_of)
             budget = factor * (2 * sum(allowed) + rounding)
             assert error <= budget or (name == "dtemperature" and factor == 1), f"{name}: {error:.2e} > {budget:.2e}, {allowed}"
 
@@ -110,6 +166,29 @@ CASES: list[tuple[Shape, str, float]] = [
 @pytest.mark.parametrize(("shape", "kind", "temperature"), CASES, ids=str)
 def test_error_budget(shape: Shape, kind: str, temperature: float, dtype: torch.dtype) -> None:
     assert_within_budget(*inputs(shape, dtype, kind, temperature))
+
+
+# Error of 16 bits over that of the reference in the same dtype, in the mean square, where it is above 3: features of keys that
+# are all alike err alike; even powers cancel between two clusters; what all queries have in common cancels out of dk and dv.
+EXCEPTIONS = {
+    ("clustered keys", "dk"): 6,
+    ("clustered keys", "dv"): 5,
+    ("opposite keys", "dq"): 5,
+    ("queries", "dk"): 40,
+    ("queries", "dv"): 17,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
+@pytest.mark.parametrize("kind", HARD_KINDS)
+def test_sixteen_bits_beside_the_reference(kind: str, dtype: torch.dtype) -> None:
+    """The gradient of the temperature, which the reference has in fp32, is exact to about the dtype of q."""
+    off, exact = errors(*hard_inputs(kind, dtype))
+    for name, (ours, theirs, _) in zip(RESULTS[:-1], off):
+        allowed = EXCEPTIONS.get((kind, name), 3)
+        assert rms(ours) <= allowed * rms(theirs), f"{name}: {rms(ours) / rms(theirs):.2f} times, {allowed} allowed"
+    if kind != "queries":
+        assert rms(off[-1][0]) <= 8 * torch.finfo(dtype).eps * rms(exact[-1])
 
 
 @each_dtype
@@ -233,7 +312,7 @@ def test_results_are_laid_out_as_documented(dtype: torch.dtype) -> None:
     for x in (results[0], *gradients[:3]):
         assert x.transpose(1, 2).is_contiguous()
         assert x.dtype == dtype
-    assert [tuple(x.shape[2:]) for x in results[1:]] == [(5, 20), (5,), (35, 32), (3 * 256 + 32, 32)]
+    assert [tuple(x.shape[2:]) for x in results[1:]] == [(5, 20), (5,), (37, 32), (3 * 256 + 32, 32)]
 
 
 @pytest.mark.usefixtures("small_blocks")

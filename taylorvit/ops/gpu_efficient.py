@@ -53,7 +53,7 @@ def empty_results(q: Tensor, training: bool) -> tuple[Tensor, ...]:
     """Make room for y and what the backward pass needs.
 
     That is: deviations of y / scale from the mean value (B, H, N, D), row means of the weights (B, H, N) fp32, means of the
-    keys' and values' moments (B, H, width + 3, width) fp32, and the state (B, H, rows, width); all of size 0 without training.
+    keys' and values' moments (B, H, width + 5, width) fp32, and the state (B, H, rows, width); all of size 0 without training.
     """
     sizes = [(q.shape, q.dtype), (q.shape[:-1], torch.float32)] if training else [((0,), q.dtype), ((0,), torch.float32)]
     means, state = _empty_means(q, training)
@@ -101,7 +101,7 @@ def _empty_means(q: Tensor, needed: bool) -> tuple[Tensor, Tensor]:
     """Make room for the means and the states that `_collect` writes."""
     heads, width = q.shape[:2], kernels.padded_width(q.shape[-1])
     rows = _pairs(q) * FEATURES + width
-    means = q.new_empty((*heads, width + 3, width) if needed else (0,), dtype=torch.float32)
+    means = q.new_empty((*heads, width + kernels_efficient.NUM_VECTORS.value, width) if needed else (0,), dtype=torch.float32)
     return means, q.new_empty((*heads, rows, width) if needed else (0,))
 
 
@@ -113,13 +113,13 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     block = max(launch.blocks["BLOCK_N"], state_launch.blocks["BLOCK_N"])
     padded_tokens = cdiv(num_tokens, block) * block
     splits, split_tokens = _splits(num_tokens, heads, block, MAX_MOMENT_SPLITS)
-    sums = x.new_empty(heads, splits, 2 * width + 3, width, dtype=torch.float32)
-    units = x.new_empty(heads, sizes["TILES"] * TILE, padded_tokens)
+    sums = x.new_empty(heads, splits, 2 * width + kernels_efficient.NUM_SUMS.value, width, dtype=torch.float32)
+    residuals = x.new_empty(heads, sizes["TILES"] * TILE, padded_tokens)
     others = backward or (sums,) * 5  # not used
     kernels.launch(
         kernels_efficient.moments,
         (heads * splits * width // launch.blocks["ROWS"],),
-        *(x, w, units, sums, *others, x.stride(), w.stride(), num_heads, num_tokens, splits, split_tokens, padded_tokens),
+        *(x, w, residuals, sums, *others, x.stride(), w.stride(), num_heads, num_tokens, splits, split_tokens, padded_tokens),
         config=launch,
         BACKWARD=bool(backward),
         **sizes,
@@ -131,7 +131,7 @@ def _collect(x: Tensor, w: Tensor, means: Tensor, state: Tensor, backward: tuple
     kernels.launch(
         kernels_efficient.state,
         (heads * state_splits * blocks,),
-        *(units, w, sums, partials, w.stride(), num_heads, num_tokens, splits, state_splits, split_tokens, padded_tokens),
+        *(residuals, w, sums, partials, w.stride(), num_heads, num_tokens, splits, state_splits, split_tokens, padded_tokens),
         config=state_launch,
         CENTRED=not backward,
         **sizes,

@@ -41,13 +41,14 @@ class Reformer(MultiHeadAttention):
     """Multi-head self-attention with LSH attention: (B, N, C) -> (B, N, C).
 
     8 R N b D operations per head for R rounds and buckets of b tokens, and R N (N / b) D for hashing, which is quadratic in N:
-    more than softmax attention's 4 N^2 D where N < 2 R b. Nothing in the parameters depends on N.
+    more than softmax attention's 4 N^2 D where N < 2 R b. Nothing in the parameters depends on N. With at most 2 b tokens every
+    round is full attention, and one is computed.
 
     Queries and keys share one projection, as the paper's do: `qkv.weight` is (2 C, C), first the shared rows and then those of
     the values, so that checkpoints of other attentions do not load. `qk_norm` norms queries and keys apart.
 
     Training draws other hashes in every forward pass, from PyTorch's global generator. Evaluation takes those of `seed`, the
-    same in all layers and heads. With at most 2 b tokens the hashes do not matter, and it is full attention.
+    same in all layers and heads.
 
     The paper's reversible layers and chunked MLP change a model's memory and not its function; they are not here.
 
@@ -113,7 +114,10 @@ def lsh_attention(
     with autocast_off(q):
         queries, keys, values, rotations = widened(q, k, v, rotations)
         B, H, N, D = q.shape
-        R, chunks = rotations.shape[0], -(-N // bucket_size)
+        chunks = -(-N // bucket_size)
+        if chunks <= 2:  # all rounds are full attention
+            rotations = rotations[:1]
+        R = rotations.shape[0]
         keep = q.new_ones(B, N, dtype=torch.bool) if key_mask is None else key_mask
         padding = chunks * bucket_size - N
         queries, keys, values = (nn.functional.pad(x, (0, 0, 0, padding)) for x in (queries, unit_vectors(keys), values))

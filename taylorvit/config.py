@@ -102,7 +102,8 @@ class AugmentConfig:
 
     Args:
         crop: `simple` = resize the shorter side, pad, random crop; `random_resized` = random area and aspect;
-            `none` = the evaluation geometry.
+            `none` = the evaluation geometry; `random_window` = of a film review (imdb) longer than model.max_length so many
+            bytes from anywhere, where `none` takes the first.
         crop_padding: reflected border of the simple crop, in pixels.
         crop_scale: smallest and largest area share of the random resized crop.
         crop_ratio: smallest and largest aspect ratio of the random resized crop.
@@ -118,7 +119,7 @@ class AugmentConfig:
         label_smoothing: share of the target spread evenly over all classes.
     """
 
-    crop: Literal["simple", "random_resized", "none"] = "simple"
+    crop: Literal["simple", "random_resized", "none", "random_window"] = "simple"
     crop_padding: int = 4
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
@@ -174,16 +175,20 @@ class ScheduleConfig:
     """The learning rate as a function of the update number.
 
     Args:
-        name: a timm schedule: `cosine`, `tanh`, `poly` (a straight line), or `constant` (after the warm-up).
+        name: a timm schedule: `cosine`, `tanh`, `poly` (a straight line), `constant` (after the warm-up), or `rsqrt`: after w
+            updates of warm-up, lr * sqrt(w / t) in update t, but not below min_lr.
         epochs: length of the schedule.
+        updates_per_epoch: updates that make an epoch; the samples left over sit it out, others each time. null: as many as
+            there are whole batches.
         warmup_epochs: linear rise from warmup_lr, part of `epochs`.
         warmup_lr: learning rate of the first update.
-        min_lr: learning rate at the end.
+        min_lr: learning rate at the end; of `rsqrt` the lowest.
         stop_epoch: leave after this many epochs without changing the schedule; null runs all.
     """
 
-    name: Literal["cosine", "tanh", "poly", "constant"] = "cosine"
+    name: Literal["cosine", "tanh", "poly", "constant", "rsqrt"] = "cosine"
     epochs: int = 300
+    updates_per_epoch: int | None = None
     warmup_epochs: float = 5.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5

@@ -117,6 +117,10 @@ def _check_combinations(config: Config) -> None:
     schedule, chans = config.schedule, config.model.in_chans
     if schedule.warmup_epochs >= schedule.epochs and schedule.warmup_epochs > 0:
         raise ValueError(f"schedule.warmup_epochs: {schedule.warmup_epochs} must be below schedule.epochs {schedule.epochs}")
+    if schedule.name == "rsqrt" and schedule.warmup_epochs == 0:
+        raise ValueError(
+            "schedule.warmup_epochs: 0 is not allowed with schedule.name 'rsqrt', which falls by the warm-up's length"
+        )
     if schedule.stop_epoch is not None and schedule.stop_epoch > schedule.epochs:
         raise ValueError(f"schedule.stop_epoch: {schedule.stop_epoch} is beyond schedule.epochs {schedule.epochs}")
     for key, channels in (("data.mean", config.data.mean), ("data.std", config.data.std)):
@@ -155,9 +159,9 @@ def _share_below_one(value: float) -> bool:
 
 _COUNTS = (
     "model.num_classes model.vocab_size model.max_length model.img_size model.patch_size model.embed_dim model.num_heads "
-    "data.prefetch_factor optim.lr_base_batch_size schedule.epochs schedule.stop_epoch train.global_batch_size "
-    "train.micro_batch_size evaluate.batch_size evaluate.every_epochs checkpoint.every_epochs checkpoint.every_updates "
-    "checkpoint.keep_best checkpoint.milestone_every_epochs log.every_updates timeout_seconds"
+    "data.prefetch_factor optim.lr_base_batch_size schedule.epochs schedule.updates_per_epoch schedule.stop_epoch "
+    "train.global_batch_size train.micro_batch_size evaluate.batch_size evaluate.every_epochs checkpoint.every_epochs "
+    "checkpoint.every_updates checkpoint.keep_best checkpoint.milestone_every_epochs log.every_updates timeout_seconds"
 )
 _RANGES: tuple[tuple[str, str, Any], ...] = (
     # Above these limits nobody means what is written, and torch or the clock would fail in its own words, or work for ever.

@@ -9,7 +9,7 @@ from typing import Any
 import timm.optim
 import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import WSDLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -47,20 +47,37 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, global_batch_size:
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: ScheduleConfig, *, updates_per_epoch: int) -> Scheduler:
     """Build the schedule; `step_update(n)` sets the learning rate of update n, whatever came before."""
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=config.name,
-        num_epochs=config.epochs,
-        decay_rate=1.0,  # the power of `poly`: a straight line
-        warmup_epochs=config.warmup_epochs,
-        warmup_lr=config.warmup_lr,
-        min_lr=config.min_lr,
-        warmup_prefix=False,
-        step_on_epochs=False,
-        updates_per_epoch=updates_per_epoch,
-    )
+    if config.name == "rsqrt":
+        scheduler = _inverse_square_root(optimizer, config, updates_per_epoch=updates_per_epoch)
+    else:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=config.name,
+            num_epochs=config.epochs,
+            decay_rate=1.0,  # the power of `poly`: a straight line
+            warmup_epochs=config.warmup_epochs,
+            warmup_lr=config.warmup_lr,
+            min_lr=config.min_lr,
+            warmup_prefix=False,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
     scheduler.step_update(0)
     return scheduler
+
+
+def _inverse_square_root(optimizer: torch.optim.Optimizer, config: ScheduleConfig, *, updates_per_epoch: int) -> Scheduler:
+    """Build Long Range Arena's schedule: with warmup_lr 0 it is lr sqrt(w) min(1, t / w) / sqrt(max(t, w)) in update t."""
+    return WSDLRScheduler(
+        optimizer,
+        t_initial=config.epochs * updates_per_epoch + 1,
+        decay_t=1,  # timm's descent to min_lr, which this schedule has not, would come after the last update
+        lr_min=config.min_lr,
+        stable_fn="rsqrt",
+        warmup_t=config.warmup_epochs * updates_per_epoch,
+        warmup_lr_init=config.warmup_lr,
+        t_in_epochs=False,
+    )
 
 
 def current_learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -111,9 +111,10 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    check_augment(config.augment)
     if holds_sequences(config.data.dataset):
-        check_no_augment(config.augment)
+        check_no_augment(config.augment, config.data.dataset)
+    else:
+        check_augment(config.augment)
     check_mixing(config.augment, split.micro_batch_size)
     seed_all("init", config.seed)
     model = build_model(config.model)
@@ -125,7 +126,7 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
     check_num_classes(train_set, config.model.num_classes)
     for dataset in (train_set, val_set):
         check_sequences(dataset, config.model)
-    updates_per_epoch = epoch_updates(len(train_set), config.train.global_batch_size)
+    updates_per_epoch = epoch_updates(len(train_set), config.train.global_batch_size, config.schedule.updates_per_epoch)
     notes = _prepare_model(model, config.train, finetune=finetune)
     model.to(accelerator.device)
     if config.train.channels_last:
@@ -152,6 +153,7 @@ def build_session(config: Config, accelerator: Accelerator, *, finetune: bool = 
         rank=split.rank,
         world_size=split.world_size,
         accumulation=split.accumulation,
+        updates_per_epoch=updates_per_epoch,
         timeout_seconds=config.timeout_seconds,
     )
     eval_loader = build_eval_loader(
@@ -192,7 +194,7 @@ def total_peak_flops(session: Session) -> float | None:
 
 
 def describe(session: Session) -> list[str]:
-    """Return what a run would do, a line each."""
+    """Return what a run would do, a line each; the main process alone learns what ListOps results are held against."""
     return [*_describe_model(session), *_describe_data(session), *_describe_training(session)]
 
 
@@ -215,7 +217,7 @@ def _describe_data(session: Session) -> list[str]:
     config, split = session.config, session.split
     kind = "images" if isinstance(session.train_set, ImageDataset) else "sequences"
     left_out = len(session.train_set) - session.updates_per_epoch * split.global_batch_size
-    lines = reference_lines(session.train_set, session.val_set)
+    lines = reference_lines(session.train_set, session.val_set) if session.accelerator.is_main_process else {}
     return [
         f"data       {config.data.dataset} at {config.data.root}: {len(session.train_set):,} training and "
         f"{len(session.val_set):,} validation {kind}, {len(session.train_set.classes)} classes",
@@ -230,11 +232,12 @@ def _describe_data(session: Session) -> list[str]:
 def _describe_training(session: Session) -> list[str]:
     config, optim, schedule = session.config, session.config.optim, session.config.schedule
     rate = scaled_learning_rate(optim, session.split.global_batch_size)
+    end = "not below" if schedule.name == "rsqrt" else "to"
     rule = f"{optim.lr_scaling} rule from {optim.lr:g} at batch {optim.lr_base_batch_size}"
     return [
         f"optimizer  {optim.name}, learning rate {rate:g} ({'as given' if optim.lr_scaling == 'none' else rule}), "
         f"weight decay {optim.weight_decay:g}, gradient norm clipped at {optim.max_grad_norm}",
-        f"schedule   {schedule.name} to {schedule.min_lr:g}, {schedule.warmup_epochs:g} warm-up epoch(s) "
+        f"schedule   {schedule.name} {end} {schedule.min_lr:g}, {schedule.warmup_epochs:g} warm-up epoch(s) "
         f"from {schedule.warmup_lr:g}, stepped every update",
         f"device     {session.accelerator.device}, precision {config.train.mixed_precision}",
         f"run        {config.run_dir}, seed {config.seed}, resume {config.resume}",

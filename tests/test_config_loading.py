@@ -326,7 +326,7 @@ def test_the_file_with_the_wrong_type_is_named(tmp_path: Path) -> None:
         ("augment.crop_scale", [0.1, 0.2, 0.3], "tuple[float, float]"),
         ("train.mixed_precision", "bf17", "one of no, bf16, fp16"),
         ("device", "gpu", "one of auto, cpu, cuda"),
-        ("schedule.name", "cosin", "one of cosine, tanh, poly, constant"),
+        ("schedule.name", "cosin", "one of cosine, tanh, poly, constant, rsqrt"),
     ],
 )
 def test_wrong_types_say_key_value_and_type(tmp_path: Path, key: str, value: Any, expected: str) -> None:
@@ -416,6 +416,7 @@ def test_every_number_has_a_range() -> None:
         ({"data.mean": [0.5, 0.5]}, r"data.mean: \[0.5, 0.5\] must have one value, or one for each of model.in_chans 3"),
         ({"model.in_chans": 1}, "data.mean: .* must have one value"),
         ({"optim.max_grad_norm": 0.0}, "optim.max_grad_norm: 0.0 is not allowed; expected a finite number above 0"),
+        ({"schedule.name": "rsqrt", "schedule.warmup_epochs": 0.0}, "schedule.warmup_epochs: 0 is not allowed with .* 'rsqrt'"),
         ({"schedule.stop_epoch": 301}, "schedule.stop_epoch: 301 is beyond schedule.epochs 300"),
         (
             {"optim.decay_temperature": True, "model.attention": "softmax"},

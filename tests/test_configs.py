@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import math
 import os
 import re
 import struct
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers import ROOT, write_digit_folder
 
@@ -20,9 +22,11 @@ from taylorvit.attention import ATTENTIONS
 from taylorvit.complexity import flops_crossover
 from taylorvit.config import Config
 from taylorvit.config_loading import config_to_dict, flatten, load_config
+from taylorvit.data import epoch_updates
 from taylorvit.data.listops import Shape
 from taylorvit.distributed import split_batch
 from taylorvit.models import SequenceEncoder, attention_forms, build_model
+from taylorvit.optim import build_optimizer, build_scheduler, current_learning_rate
 from taylorvit.run_folder import RunFolder
 from taylorvit.studies.comparison import arguments_of, find_task
 from taylorvit.studies.published import SYSTEMS, TASKS
@@ -153,6 +157,25 @@ def test_imagenet_batch_divides_over_the_processes_it_names(name: str, world_siz
     assert split.world_size * split.micro_batch_size * split.accumulation == train.global_batch_size
 
 
+@pytest.mark.parametrize(
+    ("name", "samples", "warmup", "updates"), [("listops", 96_000, 1_000, 5_000), ("imdb_bytes", 22_500, 8_000, 20_000)]
+)
+def test_text_tasks_hold_the_training_of_long_range_arena(name: str, samples: int, warmup: int, updates: int) -> None:
+    config = load(name)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), config.optim, global_batch_size=config.train.global_batch_size)
+    assert type(optimizer) is torch.optim.AdamW
+    settings = {(group["betas"], group["eps"]) for group in optimizer.param_groups}
+    assert (settings, config.train.global_batch_size, config.optim.max_grad_norm) == ({((0.9, 0.98), 1e-9)}, 32, None)
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.1]
+    updates_per_epoch = epoch_updates(samples, 32, config.schedule.updates_per_epoch)
+    assert updates_per_epoch * config.schedule.epochs == updates
+    scheduler = build_scheduler(optimizer, config.schedule, updates_per_epoch=updates_per_epoch)
+    for update in (0, 1, warmup // 2, warmup - 1, warmup, warmup + 1, 2 * warmup, updates - 1, updates):
+        scheduler.step_update(update)
+        expected = 0.05 * min(1, update / warmup) / math.sqrt(max(update, warmup))
+        assert current_learning_rate(optimizer) == pytest.approx(expected, rel=1e-4), update
+
+
 def write_idx(folder: Path, stem: str, count: int) -> None:
     """Write the two files of a Fashion-MNIST split with `count` grey images; labels 0..9 in turn."""
     pixels = bytes(value % 251 for value in range(count * 28 * 28))
@@ -205,6 +228,7 @@ def shrunken(name: str, *layers: str) -> Config:
         "data.val_split": "train" if dataset == "imdb" else "val",
         "data.num_workers": 0,
         "schedule.epochs": 1,
+        "schedule.updates_per_epoch": "null",
         "schedule.warmup_epochs": 0.5,
         "train.global_batch_size": 8,
         "train.micro_batch_size": 4,

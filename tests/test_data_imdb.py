@@ -7,14 +7,22 @@ import io
 import re
 import shutil
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import tiny_config
 
-from taylorvit.config import DataConfig, ModelConfig
-from taylorvit.data import build_dataset, build_eval_loader, check_sequences, dataset_fingerprint, share_samples
+from taylorvit.config import AugmentConfig, DataConfig, ModelConfig
+from taylorvit.data import (
+    build_dataset,
+    build_eval_loader,
+    build_train_loader,
+    check_sequences,
+    dataset_fingerprint,
+    share_samples,
+)
 from taylorvit.engine import train
 from taylorvit.run_folder import RunFolder
 
@@ -113,6 +121,55 @@ def test_long_reviews_are_cut(folder: Path) -> None:
     check_sequences(cut, model)
     with pytest.raises(ValueError, match="model.max_length is 20, but the data needs "):
         check_sequences(whole, model)
+
+
+@pytest.mark.parametrize("crop", ["none", "random_window"])
+def test_training_may_read_a_random_window(folder: Path, crop: str) -> None:
+    """A window is a function of seed, epoch and index: workers, processes and the place in the epoch change none."""
+    whole, cut = open_split(folder, max_length=None), open_split(folder, max_length=20)
+
+    def epoch_of(epoch: int, *, seed: int = 3, workers: int = 0, processes: int = 1, start: int = 0) -> dict[int, list[int]]:
+        """Return the tokens that each review gave, by its index."""
+        found = {}
+        for rank in range(processes):
+            loader = build_train_loader(
+                cut,
+                data=replace(data_config(folder), num_workers=workers),
+                augment=AugmentConfig(crop=crop),  # type: ignore[arg-type]
+                img_size=224,
+                seed=seed,
+                micro_batch_size=8 // processes,
+                rank=rank,
+                world_size=processes,
+                accumulation=1,
+            )
+            loader.set_position(epoch, start)
+            keys = [index for batch in loader.batch_sampler for _, index in batch]
+            rows = [row[row != 0].tolist() for tokens, _ in loader for row in tokens]
+            found |= dict(zip(keys, rows, strict=True))
+        return found
+
+    first, second = epoch_of(0), epoch_of(1)
+    starts = set()
+    for index, tokens in first.items():
+        text = whole[index][0].tolist()
+        places = [at for at in range(max(1, len(text) - 19)) if text[at : at + 20] == tokens]
+        assert places, index
+        starts |= {(places[0], len(text))}
+    if crop == "none":
+        assert {at for at, _ in starts} == {0}
+    else:
+        assert any(at == 0 for at, _ in starts)
+        assert any(at == length - 20 for at, length in starts)
+        assert sum(first[index] != second[index] for index in first) > 150
+        assert sum(first[index] != tokens for index, tokens in epoch_of(0, seed=4).items()) > 150
+    assert epoch_of(0, workers=2) == first
+    assert epoch_of(0, processes=2) == first
+    assert epoch_of(1, start=20) == {index: second[index] for index in list(second)[160:]}
+    evaluated = build_eval_loader(cut, data=data_config(folder), img_size=224, batch_size=50, rank=0, world_size=1)
+    for tokens, _, indices in evaluated:
+        for row, index in zip(tokens, indices.tolist()):
+            assert row[row != 0].tolist() == whole[index][0][:20].tolist()
 
 
 def test_batches_are_filled_up(folder: Path) -> None:

@@ -92,6 +92,22 @@ def test_an_epoch_holds_whole_updates_and_no_image_twice(reference):
         epoch_updates(NUM_IMAGES, 64)
 
 
+def test_an_epoch_may_have_fewer_updates() -> None:
+    assert (epoch_updates(40, 8, 5), epoch_updates(40, 8, 3)) == (5, 3)
+    with pytest.raises(ValueError, match="schedule.updates_per_epoch is 6, but 40 training images are 5 batches of 8"):
+        epoch_updates(40, 8, 6)
+    options = {"seed": 0, "micro_batch_size": 8, "rank": 0, "world_size": 1, "accumulation": 1}
+    short, long = EpochBatchSampler(40, updates_per_epoch=3, **options), EpochBatchSampler(40, **options)
+    seen = set()
+    for epoch in range(20):
+        short.set_position(epoch)
+        long.set_position(epoch)
+        batches = list(short)
+        assert batches == list(long)[:3]
+        seen |= {index for batch in batches for _, index in batch}
+    assert seen == set(range(40))
+
+
 @pytest.mark.parametrize(
     "division",
     [

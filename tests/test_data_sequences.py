@@ -180,10 +180,19 @@ def test_images_for_a_sequence_model_are_refused(digits: DataConfig) -> None:
 
 def test_augmentation_is_refused() -> None:
     off = load_config(["--config", str(ROOT / "configs" / "digits_pixels.yaml")])[0].augment
-    check_no_augment(off)
+    check_no_augment(off, "listops")
     off.label_smoothing = 0.1
-    check_no_augment(off)
+    check_no_augment(off, "imdb")
+    windows = dataclasses.replace(off, crop="random_window")
+    check_no_augment(windows, "imdb")
+    for dataset in ("listops", "pixels/digits"):
+        with pytest.raises(
+            ValueError, match="augment.crop is 'random_window', but sequences are not augmented: set it to 'none'"
+        ):
+            check_no_augment(windows, dataset)
+    with pytest.raises(ValueError, match="augment.hflip is 0.5"):
+        check_no_augment(dataclasses.replace(windows, hflip=0.5), "imdb")
     changes = {"crop": "simple", "hflip": 0.5, "three_augment": True, "color_jitter": 0.1, "auto_augment": "rand-m5"}
     for key, value in (changes | {"random_erasing": 0.1, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}).items():
         with pytest.raises(ValueError, match=f"augment.{key} is {value!r}, but sequences are not augmented: set it to "):
-            check_no_augment(dataclasses.replace(off, **{key: value}))
+            check_no_augment(dataclasses.replace(off, **{key: value}), "imdb")

@@ -130,9 +130,10 @@ def check_edits(file: Path, count: int, kinds: Sequence[str], folder: Path, figu
 def assemble(config: Config) -> None:
     """Build what needs no data, in the order of `build_session`."""
     split = split_batch(config.train.global_batch_size, config.train.micro_batch_size, rank=0, world_size=1)
-    check_augment(config.augment)
     if holds_sequences(config.data.dataset):
-        check_no_augment(config.augment)
+        check_no_augment(config.augment, config.data.dataset)
+    else:
+        check_augment(config.augment)
     check_mixing(config.augment, split.micro_batch_size)
     model = build_model(config.model, device="meta")
     attention_forms(model)

@@ -268,7 +268,7 @@ def trace(config: ScheduleConfig, *, updates_per_epoch: int, lr: float = 1.0, st
     return rates
 
 
-NAMES_OF_SCHEDULES = ("cosine", "tanh", "poly", "constant")
+NAMES_OF_SCHEDULES = ("cosine", "tanh", "poly", "constant", "rsqrt")
 
 
 @pytest.mark.parametrize("name", NAMES_OF_SCHEDULES)
@@ -309,6 +309,24 @@ def test_poly_is_a_straight_line() -> None:
 def test_constant_stays() -> None:
     config = ScheduleConfig(name="constant", epochs=6, warmup_epochs=1.0, warmup_lr=0.5, min_lr=0.0)
     assert trace(config, updates_per_epoch=4)[4:] == [1.0] * 20
+
+
+@pytest.mark.parametrize(("epochs", "warmup_epochs"), [(10, 2.0), (10, 0.5), (1, 0.9), (3, 0.01)])
+def test_rsqrt_falls_as_the_inverse_square_root_to_the_last_update(epochs: int, warmup_epochs: float) -> None:
+    config = ScheduleConfig(name="rsqrt", epochs=epochs, warmup_epochs=warmup_epochs, warmup_lr=0.0, min_lr=0.0)
+    w, lr = 20 * warmup_epochs, 0.3
+    expected = [lr * math.sqrt(w) * min(1, t / w) / math.sqrt(max(t, w)) for t in range(20 * epochs)]
+    assert trace(config, updates_per_epoch=20, lr=lr) == pytest.approx(expected, rel=1e-12)
+    for start in (1, 9, 10, 19):
+        assert trace(config, updates_per_epoch=20, lr=lr, start=start) == pytest.approx(expected[start:], rel=1e-12)
+
+
+def test_rsqrt_does_not_fall_below_the_minimum() -> None:
+    config = ScheduleConfig(name="rsqrt", epochs=8, warmup_epochs=1.0, warmup_lr=0.1, min_lr=0.5)
+    rates = trace(config, updates_per_epoch=4)
+    assert rates[0] == 0.1
+    assert rates[4:16] == pytest.approx([math.sqrt(4 / t) for t in range(4, 16)])
+    assert rates[16:] == [0.5] * 16
 
 
 @pytest.mark.parametrize("name", NAMES_OF_SCHEDULES)

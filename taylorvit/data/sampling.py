@@ -22,21 +22,25 @@ from taylorvit.config import AugmentConfig, DataConfig
 from taylorvit.data.augment import build_eval_transform, build_train_transform
 from taylorvit.data.images import ImageDataset, ImageError, StorageError
 from taylorvit.data.loader import Loader, Unreadable
-from taylorvit.data.sequences import AnyDataset, TokenDataset, pad_batch
+from taylorvit.data.sequences import AnyDataset, RandomWindow, TokenDataset, pad_batch
 from taylorvit.randomness import numpy_generator, seed_all
 
 Transform = Callable[[Any], Tensor]  # of an image, or of tokens
 
 
-def epoch_updates(dataset_len: int, global_batch_size: int) -> int:
-    """Return the whole updates in an epoch; the images left over differ each epoch.
+def epoch_updates(dataset_len: int, global_batch_size: int, updates_per_epoch: int | None = None) -> int:
+    """Return the updates of an epoch, by default all that are whole; the images left over differ each epoch.
 
     Raises:
-        ValueError: there are fewer images than one global batch.
+        ValueError: there are fewer images than one global batch, or than `updates_per_epoch` of them.
     """
     if dataset_len < global_batch_size:
         raise ValueError(f"train.global_batch_size is {global_batch_size}, but there are only {dataset_len} training images")
-    return dataset_len // global_batch_size
+    whole = dataset_len // global_batch_size
+    if updates_per_epoch is not None and updates_per_epoch > whole:
+        given = f"{dataset_len} training images are {whole} batches of {global_batch_size}"
+        raise ValueError(f"schedule.updates_per_epoch is {updates_per_epoch}, but {given}")
+    return updates_per_epoch or whole
 
 
 class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
@@ -49,10 +53,19 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: of this process, below `world_size`.
         world_size: number of processes.
         accumulation: micro-steps per update.
+        updates_per_epoch: see `epoch_updates`.
     """
 
     def __init__(
-        self, dataset_len: int, *, seed: int, micro_batch_size: int, rank: int, world_size: int, accumulation: int
+        self,
+        dataset_len: int,
+        *,
+        seed: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        accumulation: int,
+        updates_per_epoch: int | None = None,
     ) -> None:
         assert 0 <= rank < world_size, (rank, world_size)
         self.dataset_len = dataset_len
@@ -61,7 +74,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.accumulation = accumulation
-        self.num_updates = epoch_updates(dataset_len, world_size * accumulation * micro_batch_size)
+        self.num_updates = epoch_updates(dataset_len, world_size * accumulation * micro_batch_size, updates_per_epoch)
         self.epoch = 0
         self.start_update = 0
 
@@ -183,6 +196,7 @@ def build_train_loader(
     rank: int,
     world_size: int,
     accumulation: int,
+    updates_per_epoch: int | None = None,
     timeout_seconds: float = 1800,
 ) -> TrainLoader:
     """Build the loader of one process's images (b, C, H, W) float32, normalised, or tokens (b, N) int64, and labels (b,) int64.
@@ -200,6 +214,8 @@ def build_train_loader(
             in_chans=dataset.in_chans,
             crop_pct=data.crop_pct,
         )
+    elif isinstance(dataset, TokenDataset) and augment.crop == "random_window":
+        dataset, transform = dataset.whole(), RandomWindow(dataset.max_length)
     sampler = EpochBatchSampler(
         len(dataset),
         seed=seed,
@@ -207,6 +223,7 @@ def build_train_loader(
         rank=rank,
         world_size=world_size,
         accumulation=accumulation,
+        updates_per_epoch=updates_per_epoch,
     )
     sampler.set_position(epoch)
     keyed = KeyedDataset(dataset, transform, seed=seed, most_unreadable=most_unreadable(len(dataset), data))

@@ -10,6 +10,8 @@ every sequence up to one length (`fill_idx`), so that the rest of its batch chan
 from __future__ import annotations
 
 import dataclasses
+import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,21 @@ class TokenDataset(Dataset):
         """Name sample `index` for messages."""
         return self.source.name(index)
 
+    def whole(self) -> TokenDataset:
+        """Return the same samples, none cut off."""
+        return TokenDataset(self.source, vocab_size=self.vocab_size, max_length=sys.maxsize)
+
+
+class RandomWindow:
+    """Cut tokens (N,) to `length` consecutive ones, from anywhere with equal probability; shorter ones stay as they are."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        start = random.randint(0, max(0, len(tokens) - self.length))
+        return tokens[start : start + self.length]
+
 
 SequenceDataset = PixelDataset | TokenDataset
 AnyDataset = ImageDataset | SequenceDataset
@@ -183,8 +200,13 @@ def check_sequences(dataset: AnyDataset, model: ModelConfig) -> None:
         )
 
 
-def check_no_augment(augment: AugmentConfig) -> None:
-    """Raise ValueError, naming the key, for an augmentation that is on: sequences have none but label smoothing."""
+def check_no_augment(augment: AugmentConfig, dataset: str) -> None:
+    """Raise ValueError, naming the key, for an augmentation that is on.
+
+    Sequences of this data.dataset have none but label smoothing, and `imdb` the crop `random_window`.
+    """
+    if dataset == "imdb" and augment.crop == "random_window":
+        augment = dataclasses.replace(augment, crop="none")
     off = {
         "crop": "none",
         "hflip": 0,

@@ -169,7 +169,7 @@ def check_data(config: Config) -> None:
         ValueError: a split cannot be opened, does not fit the model, or shares samples with another one.
     """
     if holds_sequences(config.data.dataset):
-        check_no_augment(config.augment)
+        check_no_augment(config.augment, config.data.dataset)
     data, opened = config.data, {}
     for key in ("train_split", "val_split", "test_split"):
         if (split := getattr(data, key)) is not None:

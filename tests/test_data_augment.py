@@ -176,6 +176,7 @@ def test_only_extreme_aspects_are_limited():
     ("changes", "message"),
     [
         ({"crop": "centre"}, "augment.crop is 'centre'"),
+        ({"crop": "random_window"}, "augment.crop is 'random_window'; it is simple, random_resized or none"),
         ({"crop_scale": (0.5, 0.1)}, r"augment.crop_scale is \[0.5, 0.1\]"),
         ({"crop_scale": (0.5, 1.5)}, "augment.crop_scale"),
         ({"crop_ratio": (0.0, 1.0)}, "augment.crop_ratio"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import statistics
@@ -12,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import ROOT, assert_same_state, history, run_tool, tiny_config
 
 import eval as eval_program
+from taylorvit import session
 from taylorvit.checkpoint import list_checkpoints
 from taylorvit.config import AugmentConfig, Config, DataConfig, ModelConfig
 from taylorvit.config_loading import load_config
@@ -42,6 +45,7 @@ from taylorvit.data.listops import (
     to_text,
     value_of,
 )
+from taylorvit.distributed import build_accelerator
 from taylorvit.engine import train
 from taylorvit.models import build_model
 from taylorvit.run_folder import RunFolder
@@ -387,6 +391,33 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(folder: Path, tmp_pat
         41,
         41,
     ]
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_run_as_in_long_range_arena_goes_on_at_its_learning_rate(folder: Path, tmp_path: Path) -> None:
+    """Epochs of 4 of the 6 updates that there are, the first two of them warm-up; it is stopped after the first epoch."""
+    settings = {"name": "rsqrt", "updates_per_epoch": 4, "warmup_epochs": 0.5, "warmup_lr": 0.0, "min_lr": 0.0}
+    changes = {f"schedule__{key}": value for key, value in settings.items()} | {"data__num_workers": 0}
+    assert train(run_config(folder, tmp_path / "whole", **changes)) == 0
+    config = run_config(folder, tmp_path / "run", schedule__stop_epoch=1, **changes)
+    assert train(config) == 0
+    assert train(replace(config, resume="auto", schedule=replace(config.schedule, stop_epoch=None))) == 0
+    assert history(tmp_path / "run") == history(tmp_path / "whole")
+    assert_same_state(*(list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("run", "whole")))
+    rates = [record["lr"] for record in RunFolder(tmp_path / "run").read_metrics() if record["kind"] == "train"]
+    assert rates == pytest.approx([config.optim.lr * factor for factor in (0, 0.5, *(math.sqrt(2 / t) for t in range(2, 8)))])
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_only_the_main_process_learns_the_reference_lines(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(folder, tmp_path / "run", data__num_workers=0)
+    built = session.build_session(config, build_accelerator(device="cpu", mixed_precision="no", timeout_seconds=60))
+    assert any(line.startswith("to beat") for line in session.describe(built))
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.delattr(session, "reference_lines")
+    assert not any(line.startswith("to beat") for line in session.describe(built))
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from taylorvit.config import Config, DataConfig
 from taylorvit.data import (
-    AnyDataset,
     ImageDataset,
     ImageError,
     Loader,
@@ -195,18 +194,13 @@ def evaluate_checkpoint(
         notes=notes + _check_unreadable(loader, evaluation, config.data, accelerator),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         forms=list(dict.fromkeys(attention_forms(model))),
-        reference_lines=_reference_lines(config, dataset),
+        reference_lines=reference_lines(
+            dataset, lambda: build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans)
+        ),
         seconds=time.monotonic() - started,
         device=_device_name(accelerator.device),
         world_size=accelerator.num_processes,
     )
-
-
-def _reference_lines(config: Config, judged: AnyDataset) -> dict[str, float]:
-    """Return the accuracies to hold a result against; they are learned from the training split."""
-    if config.data.dataset != "listops":
-        return {}
-    return reference_lines(build_dataset(config.data, config.data.train_split, in_chans=config.model.in_chans), judged)
 
 
 def _check_unreadable(loader: Loader, evaluation: Evaluation, data: DataConfig, accelerator: Accelerator) -> list[str]:

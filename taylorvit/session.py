@@ -217,7 +217,7 @@ def _describe_data(session: Session) -> list[str]:
     config, split = session.config, session.split
     kind = "images" if isinstance(session.train_set, ImageDataset) else "sequences"
     left_out = len(session.train_set) - session.updates_per_epoch * split.global_batch_size
-    lines = reference_lines(session.train_set, session.val_set) if session.accelerator.is_main_process else {}
+    lines = reference_lines(session.val_set, lambda: session.train_set) if session.accelerator.is_main_process else {}
     return [
         f"data       {config.data.dataset} at {config.data.root}: {len(session.train_set):,} training and "
         f"{len(session.val_set):,} validation {kind}, {len(session.train_set.classes)} classes",

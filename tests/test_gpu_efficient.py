@@ -171,9 +171,10 @@ def test_error_budget(shape: Shape, kind: str, temperature: float, dtype: torch.
 # Error of 16 bits over that of the reference in the same dtype, in the mean square, where it is above 3: features of keys that
 # are all alike err alike; even powers cancel between two clusters; what all queries have in common cancels out of dk and dv.
 EXCEPTIONS = {
+    ("clustered keys", "dq"): 6,
     ("clustered keys", "dk"): 6,
     ("clustered keys", "dv"): 5,
-    ("opposite keys", "dq"): 5,
+    ("opposite keys", "dq"): 6,
     ("queries", "dk"): 40,
     ("queries", "dv"): 17,
 }

@@ -41,10 +41,12 @@ def stop_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _handlers_as_they_were() -> Iterator[None]:
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it for what it starts
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         assert signal.getsignal(number) is handler
+    signal.signal(signal.SIGHUP, ignored)
 
 
 def start(stop_file: Path, *, repeat_seconds: float, works_on: float) -> subprocess.Popen[str]:

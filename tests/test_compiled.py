@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from taylorvit.benchmark import machine_code
-from taylorvit.benchmark.compiled import Compilation, Kernel, compiling_only, example, find_fault, merge
+from taylorvit.benchmark.compiled import Compilation, Kernel, compiling_only, example, find_fault, launch_table, merge
 from taylorvit.benchmark.machine_code import CHIPS, Instruction
 from taylorvit.ops import kernels
 
@@ -61,20 +61,21 @@ TOYS: dict[str, tuple[dict[str, int], int, bool]] = {
 }
 
 
-# Most that an inner loop may cost: instructions of a thread for a score (direct) or issued for every clock of the tensor cores
-# (efficient), by architecture and head dimension: what was compiled when this was written, and a tenth of room. Of the direct
-# forward pass' 5.8 for a score at D = 32, p takes two, the row sum one and rounding half; softmax takes 6.9, one of them an
-# exponential that counts eightfold. Without `prepared` every block of queries takes the keys' lengths again. The efficient
-# loops keep the tensor cores busy at D = 64, below 1; at D = 32 the same features meet half the columns.
+# Most that an inner loop may cost in bf16: instructions of a thread for a score (direct) or issued for every clock of the
+# tensor cores (efficient), by architecture and head dimension: what was compiled when this was written, and a tenth of room.
+# Of the direct forward pass' 5.8 for a score at D = 32, p takes two, the row sum one and rounding half; softmax takes 6.9, one
+# of them an exponential that counts eightfold. Without `prepared` every block of queries takes the keys' lengths again. The
+# efficient loops keep the tensor cores busy at D = 64, below 1; at D = 32 the same features meet half the columns.
 BUDGETS = {
-    "forward prepared": {(90, 32): 6.4, (90, 64): 7.1, (80, 32): 7.3, (80, 64): 9.6},
-    "forward": {(90, 32): 9.2, (90, 64): 13.2, (80, 32): 10.2, (80, 64): 14.5},
-    "backward_queries": {(90, 32): 11.9, (90, 64): 13.1, (80, 32): 12.4, (80, 64): 16.2},
-    "backward_keys": {(90, 32): 12.4, (90, 64): 14.1, (80, 32): 12.1, (80, 64): 17.0},
-    "state": {(90, 32): 1.12, (90, 64): 0.66, (80, 32): 0.70, (80, 64): 0.56},
-    "apply": {(90, 32): 1.26, (90, 64): 0.71, (80, 32): 1.08, (80, 64): 0.68},
-    "apply_backward": {(90, 32): 1.38, (90, 64): 0.95, (80, 32): 1.16, (80, 64): 0.80},  # half the features a step: no spills
+    "forward prepared": {90: {16: 6.1, 32: 6.4, 64: 7.1, 128: 11.4}, 80: {16: 6.0, 32: 7.3, 64: 9.6, 128: 17.7}},
+    "forward": {90: {16: 7.5, 32: 8.6, 64: 13.2, 128: 20.0}, 80: {16: 7.6, 32: 8.8, 64: 14.5, 128: 24.1}},
+    "backward_queries": {90: {16: 10.2, 32: 11.9, 64: 13.1, 128: 31.5}, 80: {16: 10.1, 32: 12.4, 64: 16.2, 128: 37.7}},
+    "backward_keys": {90: {16: 9.5, 32: 10.4, 64: 11.3, 128: 26.4}, 80: {16: 9.1, 32: 11.8, 64: 16.0, 128: 28.6}},
+    "state": {90: {16: 1.65, 32: 0.91, 64: 0.53, 128: 0.39}, 80: {16: 0.73, 32: 0.54, 64: 0.42, 128: 0.42}},
+    "apply": {90: {32: 1.30, 64: 0.73, 128: 0.83}, 80: {32: 1.10, 64: 0.68, 128: 0.93}},
+    "apply_backward": {90: {32: 1.40, 64: 0.95, 128: 1.03}, 80: {32: 1.16, 64: 0.80, 128: 0.83}},
 }
+WARPS_REPEAT = {("backward_queries", 90, 128)}  # their scores are made twice, by eight warps: see docs/results/kernels.md
 WITHOUT_PRODUCTS = {"prepare_keys", "prepare_backward", "reduce", "expand"}  # read and write every number once
 
 HOPPER = """
@@ -269,11 +270,11 @@ def test_the_interpreter_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def real_kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """All kernels of both passes, the direct form's with few tokens and with more."""
+    """All kernels of both passes by every entry of the launch tables, the direct form's with few tokens and with more."""
     folder, rows = tmp_path_factory.mktemp("kernels"), []
     for form, num_tokens in (("direct", ["197", "1025"]), ("efficient", ["1025"])):
-        options = ["--form", form, "--arch", "80", "90", "--head_dim", "32", "64", "--num_tokens", *num_tokens]
-        rows += inspect_kernels(folder, *options, "--dtype", "bfloat16", "--jobs", "1")[1]
+        options = ["--form", form, "--arch", "80", "90", "--num_tokens", *num_tokens]
+        rows += inspect_kernels(folder, *options, "--dtype", "bfloat16", "float32", "--jobs", "1")[1]
     return rows
 
 
@@ -281,8 +282,14 @@ def name_of(row: dict[str, Any]) -> str:
     return row["kernel"] + " prepared" * ("PREPARED" in row["flags"].split())
 
 
+def test_every_entry_of_the_launch_tables_is_compiled(real_kernels: list[dict[str, Any]]) -> None:
+    for form in ("direct", "efficient"):
+        entries = {str(key) for key in launch_table(form)}
+        assert {entry for row in real_kernels if row["form"] == form for entry in row["entry"].split("; ")} == entries
+
+
 def test_no_kernel_spills_or_leaves_the_tensor_cores(real_kernels: list[dict[str, Any]]) -> None:
-    assert [(row["arch"], row["kernel"], row["head_dim"], row["fault"]) for row in real_kernels if row["fault"]] == []
+    assert [(row["arch"], row["entry"], row["flags"], row["fault"]) for row in real_kernels if row["fault"]] == []
     assert {row["kernel"] for row in real_kernels if not row["tensor"]} == WITHOUT_PRODUCTS
     for row in real_kernels:
         assert 0 < row["registers"] <= 255
@@ -292,23 +299,26 @@ def test_no_kernel_spills_or_leaves_the_tensor_cores(real_kernels: list[dict[str
 def test_inner_loops_stay_within_their_budgets(real_kernels: list[dict[str, Any]]) -> None:
     seen, over = set(), []
     for row in real_kernels:
-        place = row["arch"], row["head_dim"]
-        if name_of(row) not in BUDGETS:
-            continue
-        seen.add((name_of(row), place))
-        assert row["tensor"] == {80: "HMMA", 90: "HGMMA"}[row["arch"]]
-        assert row["redundancy"] == 1
+        name, arch, head_dim = name_of(row), row["arch"], row["head_dim"]
         cost = row["instructions_per_score"] or row["issue_per_tensor"]
-        if cost > BUDGETS[name_of(row)][place]:
-            over.append((name_of(row), row["flags"], place, cost))
-    assert seen == {(name, place) for name, places in BUDGETS.items() for place in places}
+        if name not in BUDGETS or row["dtype"] != "bfloat16" or cost is None:
+            continue
+        seen.add((name, arch, head_dim))
+        assert row["tensor"] == {80: "HMMA", 90: "HGMMA"}[arch]
+        if (name, arch, head_dim) in WARPS_REPEAT:
+            cost *= round(row["redundancy"])  # for each score that is wanted
+        else:
+            assert row["redundancy"] == 1
+        if cost > BUDGETS[name][arch][head_dim]:
+            over.append((name, row["flags"], arch, head_dim, cost))
+    assert seen == {(name, arch, D) for name, archs in BUDGETS.items() for arch, places in archs.items() for D in places}
     assert over == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_every_entry_of_the_launch_tables_compiles(tmp_path: Path, arch: str) -> None:
-    code, rows, output = inspect_kernels(tmp_path, "--arch", arch)
+@pytest.mark.parametrize("arch", ["86", "89", "100"])
+def test_other_architectures(tmp_path: Path, arch: str) -> None:
+    code, rows, output = inspect_kernels(tmp_path, "--arch", arch, "--dtype", "bfloat16", "float32")
     assert code == 0, output
     assert {row["form"] for row in rows} == {"direct", "efficient"}
 

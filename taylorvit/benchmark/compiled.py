@@ -7,6 +7,7 @@ measured. Needs Triton, and not its interpreter.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import subprocess
@@ -202,18 +203,15 @@ def merge(kernels_found: Iterable[Kernel]) -> list[Kernel]:
     return list(merged.values())
 
 
+@functools.cache  # launches of one kernel with other numbers have one binary
 def disassemble(cubin: bytes) -> tuple[dict[str, int], str]:
     """Return a cubin's resource usage by name and the listing of its machine code, by Triton's own cuobjdump."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, listing = (
-            subprocess.run(
-                [triton.knobs.nvidia.cuobjdump.path, option, path], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}, listing
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", path]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", listing)}, listing
 
 
 def _with_loop(row: Kernel, loop: list[machine_code.Instruction], ttir: str, blocks: dict[str, int]) -> Kernel:

@@ -34,11 +34,10 @@ def _table() -> dict[tuple[str, int, int], Launch]:
         table["moments", width, 32] = Launch({"BLOCK_N": 16, "ROWS": 32 if wide else width}, warps, 1)
         table["state", width, 16] = Launch({"BLOCK_N": 64, "LEFT": 16}, 8 if wide else 4, 3)
         table["state", width, 32] = Launch({"BLOCK_N": 32, "LEFT": 4 if wide else 8}, 8, 1)
-        half = {"STEP": min(width, 32)}
         single = {"BLOCK_M": 32 if width >= 64 else 64, "LEFT": 2 if wide else 4, "STEP": 16}
-        table["apply", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 4 if wide else 16} | half, 8, 2)
+        table["apply", width, 16] = Launch({"BLOCK_M": 128, "LEFT": 4 if wide else 16, "STEP": min(width, 32)}, 8, 2)
         table["apply_backward", width, 16] = Launch(
-            {"BLOCK_M": 64 if wide else 128, "LEFT": 8 if width >= 64 else 16} | half, 8, 2
+            {"BLOCK_M": 64 if wide else 128, "LEFT": 8 if width >= 64 else 16, "STEP": 32 if width == 32 else 16}, 8, 2
         )
         table["apply", width, 32] = table["apply_backward", width, 32] = Launch(single, 8, 1)
         for bits in (16, 32):

@@ -31,7 +31,7 @@ quickstart: $(RUNTIME)
 	@$(BIN)/python eval.py $(RUN_DIR) --worst 0
 
 test: $(DEV)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-gpu: $(DEV)
 	$(BIN)/python -m pytest -m "" tests/test_gpu*.py tests/test_operators.py

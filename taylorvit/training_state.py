@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 Store = Callable[[Tensor, str], dict[str, Any]]
 
+# What optimizers keep of a parameter in its shape, or as one number; factored moments and matrices have shapes of their own.
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, read or used; the message names the path and the reason."""
@@ -71,6 +74,7 @@ def unpack_state(
     unused = {f"optimizer.{name}" for name in _select(tensors, "optimizer")} - _references(state["optimizer"])
     if unused:
         raise CheckpointError(f"the checkpoint has the tensor {min(unused)}, but its optimizer's state does not")
+    _check_moments(state["optimizer"], tensors, _inner(optimizer))
     for part, module in modules.items():
         _copy_tensors(named_state(module), _select(tensors, part))
     _unpack_optimizer(state["optimizer"], tensors, _inner(optimizer))
@@ -172,6 +176,19 @@ def _check_optimizer(packed: Mapping[str, Any], model: nn.Module, optimizer: tor
                 f"parameter group {number} has {len(saved)} parameters in the checkpoint and {len(ours)} here; "
                 f"they differ in {', '.join(only[:3])}"
             )
+
+
+def _check_moments(packed: Mapping[str, Any], tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in packed["state"].items():
+        parameter = parameters[int(index)]
+        for name, value in decode(entries, tensors).items():
+            fits = not isinstance(value, Tensor) or value.numel() == 1 or value.shape == parameter.shape
+            if name in MOMENTS and not fits:
+                here = _describe(parameter)
+                raise CheckpointError(
+                    f"optimizer tensor {index}.{name} is {_describe(value)} in the checkpoint, its parameter {here}"
+                )
 
 
 def _unpack_optimizer(packed: Mapping[str, Any], tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:

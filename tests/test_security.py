@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Canary, as_arguments, finish, launch, tiny_config, write_legacy_tar
+from safetensors.torch import load_file, save_file
 
 from taylorvit.checkpoint import _manifest, list_checkpoints, read_meta
 from taylorvit.config import Config, ModelConfig
@@ -200,6 +201,22 @@ def test_a_signed_checkpoint_of_a_stranger_is_restored_or_named(
     assert refused >= 1
     figures["messages given"] += refused
     figures["inputs tried"] = len(ODD) + 1
+
+
+@pytest.mark.fault("C1")
+@pytest.mark.parametrize("entry", ["exp_avg", "exp_avg_sq"])
+def test_moments_of_another_shape_are_named(entry: str, trained: Config, session: Session, tmp_path: Path) -> None:
+    """They would be found at the first update, and not by name."""
+    step = tmp_path / newest(trained).name
+    shutil.copytree(newest(trained), step)
+    tensors = load_file(step / "state.safetensors")
+    name = next(name for name, value in tensors.items() if name.endswith(f".{entry}") and value.ndim == 2)
+    save_file(tensors | {name: tensors[name][1:].contiguous()}, step / "state.safetensors")
+    resign(step, read_meta(step))
+    before = session.bare_model.state_dict()["head.weight"].clone()
+    with pytest.raises(CheckpointError, match=rf"optimizer tensor {name[10:]} is \(.* its parameter \("):
+        restore(session, step)
+    assert torch.equal(before, session.bare_model.state_dict()["head.weight"])
 
 
 @pytest.mark.fault("C1")

@@ -274,7 +274,9 @@ def test_page_sets_ours_beside_the_published(tmp_path: Path, memory: list[str], 
     (line,) = [line for line in page.splitlines() if line.startswith("| RFA | 10 | 2 | ")]
     assert line.split(" | ")[5] == "3"  # MiB of inference
     assert line.endswith("| 3 |")
-    assert "Budget of every training: 2 epoch(s) of `train`, batch 32, adamw at 0.0015811, precision bf16; commit 0123456." in page
+    assert (
+        "Budget of every training: 2 epoch(s) of `train`, batch 32, adamw at 0.0015811, precision bf16; commit 0123456." in page
+    )
     assert all(f"- [{number}] {caveat.text}" in page for number, caveat in enumerate(CAVEATS, 1))
     assert "| system | CIFAR (Pixel) | IMDB (Byte) | ListOps | ImageNet (Ti) | ImageNet (S) |" in page
     cells = "34.2* / - [3, 5] | 65.6* / - [3, 5] | 35.4* / 50.50 ± 0.71 [2, 3, 5] | 62.0* / - | 67.1* / -"

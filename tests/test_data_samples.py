@@ -74,8 +74,8 @@ def idx(magic: int, pixels: np.ndarray) -> bytes:
 IMAGES = np.arange(5 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(5, 28, 28)
 LABELS = np.array([9, 0, 3, 3, 1], dtype=np.uint8)
 GOOD = {
-    "t10k-images-idx3-ubyte.gz": gzip.compress(idx(0x0803, IMAGES)),
-    "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(0x0801, LABELS)),
+    "t10k-images-idx3-ubyte.gz": gzip.compress(idx(0x0803, IMAGES), mtime=0),
+    "t10k-labels-idx1-ubyte.gz": gzip.compress(idx(0x0801, LABELS), mtime=0),
 }
 
 
@@ -100,11 +100,11 @@ def test_fashion_mnist_is_read_from_idx_files(tmp_path, packed):
     [
         ("t10k-images-idx3-ubyte.gz", b"no gzip", "broken gzip"),
         ("t10k-images-idx3-ubyte.gz", GOOD["t10k-images-idx3-ubyte.gz"][:-30], "broken gzip"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(b""), "not an idx file"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(b"", mtime=0), "not an idx file"),
         ("t10k-images-idx3-ubyte.gz", GOOD["t10k-labels-idx1-ubyte.gz"], "not an idx file of 3-dimensional"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(0x0803, IMAGES)[:-1]), "cut or damaged"),
-        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(0x0803, IMAGES[:4])), "4 t10k images but 5 labels"),
-        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(0x0801, LABELS + 1)), "labels reach 10"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(0x0803, IMAGES)[:-1], mtime=0), "cut or damaged"),
+        ("t10k-images-idx3-ubyte.gz", gzip.compress(idx(0x0803, IMAGES[:4]), mtime=0), "4 t10k images but 5 labels"),
+        ("t10k-labels-idx1-ubyte.gz", gzip.compress(idx(0x0801, LABELS + 1), mtime=0), "labels reach 10"),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path, name, content, message):
